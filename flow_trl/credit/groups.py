@@ -1,0 +1,74 @@
+"""Group-relative advantages: a reward counts by how it compares with the others of its prompt."""
+
+import torch
+
+
+def group_advantages(
+    values: torch.Tensor, num_generations: int, *, scale_rewards: str | bool = "group", eps: float = 1e-4
+) -> torch.Tensor:
+    r"""
+    Normalises rewards within each prompt's group, for each denoising step separately.
+
+    $$ A = \frac{y - \operatorname{mean}_\text{group}(y)}{\operatorname{std}(y) + \varepsilon} $$
+
+    with the population standard deviation ([GRPO](https://huggingface.co/papers/2402.03300), for the steps of a flow
+    model as in [TP-GRPO](https://huggingface.co/papers/2602.06422)). A group whose values are all equal gets
+    advantages of exactly 0, so it can be told by `advantages == 0`.
+
+    Args:
+        values (`torch.Tensor` of shape `(N,)` or `(N, K)`):
+            Rewards of `N` samples, or of their `K` steps. Each `num_generations` consecutive rows are one prompt's
+            group. NaN is not left out: it spreads to what it is compared with.
+        num_generations (`int`):
+            Size of a group, at least 2; divides `N`.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
+            What the standard deviation is taken over:
+
+            - `True` or `"group"`: the sample's group.
+            - `"batch"`: all `N` samples. The mean remains the group's.
+            - `False` or `"none"`: no division.
+        eps (`float`, *optional*, defaults to `1e-4`):
+            Added to the standard deviation.
+
+    Returns:
+        `torch.Tensor` of the shape of `values`: the advantages, float64 if `values` is, else float32.
+
+    Raises:
+        ValueError: if `values` has not one or two dimensions, if `num_generations` is below 2 or does not divide `N`,
+            or if `scale_rewards` is unknown.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from flow_trl.credit import group_advantages
+
+    >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), num_generations=2)
+    tensor([-0.9999,  0.9999,  0.0000,  0.0000])
+    ```
+    """
+    scale_rewards = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f'`scale_rewards` is {scale_rewards!r}: use "group", "batch" or "none".')
+    if values.ndim not in (1, 2):
+        raise ValueError(f"`values` has shape {tuple(values.shape)}: it must be (N,) or (N, K).")
+    if num_generations < 2:
+        raise ValueError(
+            f"`num_generations` is {num_generations}: use at least 2. A sample is compared with the others "
+            "of its group."
+        )
+    if len(values) % num_generations:
+        raise ValueError(
+            f"`num_generations` is {num_generations}, which does not divide the {len(values)} rows of `values`: pass "
+            "whole groups."
+        )
+    y = values if values.dtype == torch.float64 else values.float()
+    y = y.unflatten(0, (len(y) // num_generations, num_generations))  # (groups, num_generations[, K])
+    # Measured from the first, equal values have a mean of exactly 0. (The mean of 24 times 0.1 is not 0.1.)
+    y = y - y[:, :1]
+    advantages = y - y.mean(1, keepdim=True)
+    if scale_rewards == "group":
+        advantages = advantages / (y.std(1, correction=0, keepdim=True) + eps)
+    elif scale_rewards == "batch":
+        advantages = advantages / (values.to(y.dtype).std(0, correction=0) + eps)
+    return advantages.flatten(0, 1)
