@@ -1,0 +1,418 @@
+"""Any diffusers pipeline as a stochastic policy: its own `__call__`, with a stand-in for its scheduler."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+class PipelineFamily(NamedTuple):
+    """
+    What [`PipelinePolicy`] must be told about a pipeline class; everything else it asks the pipeline.
+
+    Args:
+        outputs (`tuple[str | None, ...]`):
+            For each output of `encode_prompt`, the argument of `__call__` that takes it (`None`: it is not passed on).
+        guidance (`str`, *optional*, defaults to `"guidance_scale"`):
+            Argument of `__call__` that sets the strength of guidance.
+        negative_if (`str`, *optional*, defaults to `"guidance_scale"`):
+            Argument of `__call__` above 1 of which the pipeline needs an embedding of the negative prompt.
+    """
+
+    outputs: tuple[str | None, ...]
+    guidance: str = "guidance_scale"
+    negative_if: str = "guidance_scale"
+
+
+PIPELINE_FAMILIES: dict[str, PipelineFamily] = {
+    "StableDiffusion3Pipeline": PipelineFamily(
+        ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    ),
+    "FluxPipeline": PipelineFamily(
+        ("prompt_embeds", "pooled_prompt_embeds", None), negative_if="true_cfg_scale"
+    ),
+    "QwenImagePipeline": PipelineFamily(
+        ("prompt_embeds", "prompt_embeds_mask"), guidance="true_cfg_scale", negative_if="true_cfg_scale"
+    ),
+    "StableDiffusionPipeline": PipelineFamily(("prompt_embeds", "negative_prompt_embeds")),
+    "StableDiffusionXLPipeline": PipelineFamily(
+        ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    ),
+    "WanPipeline": PipelineFamily(("prompt_embeds", "negative_prompt_embeds")),
+}
+
+# Arguments of `__call__` that the policy sets itself, or that mean something else in a call of a single step.
+_RESERVED = {
+    "prompt", "prompt_2", "prompt_3", "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "eta",
+    "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs", "skip_guidance_layers", "denoising_end",
+}  # fmt: skip
+
+
+class Schedule(NamedTuple):
+    """
+    The noise levels of one sampling run, as the pipeline sets them.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(T,)`):
+            What the denoiser is given at each step.
+        sigmas (`torch.Tensor` of shape `(T + 1,)`, float32, on the CPU, *optional*):
+            Noise level before each step and after the last, where the scheduler has such.
+    """
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor | None
+
+
+@dataclass
+class Conditioning:
+    """
+    Everything a pipeline knows of a batch of prompts, selectable by sample.
+
+    Args:
+        arguments (`dict[str, Any]`):
+            Arguments of the pipeline's `__call__`; tensors and lists have one entry per prompt.
+
+    Example:
+
+    ```python
+    >>> conditioning = policy.encode(["a red circle", "a blue square"])
+    >>> len(conditioning[[0, 0, 1]])  # any subset or repetition
+    3
+    ```
+    """
+
+    arguments: dict[str, torch.Tensor | list | None]
+
+    def __len__(self) -> int:
+        return len(self.arguments["prompt_embeds"])
+
+    def __getitem__(self, index: list[int] | torch.Tensor | slice) -> "Conditioning":
+        rows = torch.arange(len(self))[index].tolist()
+
+        def select(value):
+            if isinstance(value, torch.Tensor):
+                return value[torch.tensor(rows, device=value.device)]
+            return [value[row] for row in rows] if isinstance(value, list) else value
+
+        return Conditioning({name: select(value) for name, value in self.arguments.items()})
+
+
+class Start(NamedTuple):
+    """
+    Where sampling begins.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, ...)`, float32):
+            Initial noise as this pipeline shapes and packs it.
+        schedule ([`Schedule`]):
+            Timesteps and sigmas with this pipeline's own shift.
+        conditioning ([`Conditioning`]):
+            The embedded prompts.
+    """
+
+    latents: torch.Tensor
+    schedule: Schedule
+    conditioning: Conditioning
+
+
+class _StepReached(Exception):
+    """The pipeline called `scheduler.step`; what was wanted is in the stand-in."""
+
+
+class _StandIn:
+    """A scheduler for one call: behaves as the real one up to `step`, and keeps what arrives there."""
+
+    def __init__(self, scheduler, schedule: Schedule | None = None, hand_back: torch.Tensor | None = None):
+        self._scheduler = copy.deepcopy(scheduler) if schedule is None else scheduler
+        self._fixed = schedule is not None
+        self._hand_back = hand_back
+        if self._fixed:
+            self.timesteps, self.sigmas = schedule
+            self.init_noise_sigma = 1.0
+            self.order = 1
+
+    def __getattr__(self, name):
+        return getattr(self._scheduler, name)
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        if not self._fixed:
+            given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, "num_inference_steps": num_inference_steps}
+            given = {name: value for name, value in given.items() if value is not None}
+            self._scheduler.set_timesteps(device=device, **given)
+
+    def set_begin_index(self, begin_index=0):
+        pass
+
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        self.model_output, self.sample = model_output, sample
+        if self._hand_back is None:
+            raise _StepReached
+        return (self._hand_back,)
+
+
+class _Denoiser:
+    """The denoiser as the pipeline sees it: attributes of the module, forward of another (its DDP wrapper, say)."""
+
+    def __init__(self, module: torch.nn.Module, forward: Callable):
+        self._module, self._forward = module, forward
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._forward(*args, **kwargs)
+
+
+def _no_evaluation(*args, **kwargs) -> tuple[torch.Tensor]:
+    return (torch.zeros_like(args[0] if args else kwargs["hidden_states"]),)
+
+
+class PipelinePolicy:
+    r"""
+    A diffusers pipeline as the policy of a reinforcement-learning problem.
+
+    No denoising loop is copied: each method runs the pipeline's **own** `__call__` on a shallow copy of the pipeline
+    whose scheduler is a stand-in, and takes what it needs when the pipeline calls `scheduler.step`. Guidance, packing,
+    shifts, embeddings and decoding are therefore the pipeline's, in sampling and in training alike.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]):
+            Pipeline of a class in `PIPELINE_FAMILIES`, or of a subclass of one. It is never modified.
+        guidance_scale (`float`, *optional*):
+            Strength of guidance, passed to the pipeline under its own name for it. If not set, the pipeline's default.
+        negative_prompt (`str`, *optional*):
+            Negative prompt for guidance. If not set, what the pipeline takes by itself (for pipelines that would leave
+            guidance out without one: the empty prompt).
+        **call_kwargs:
+            Further arguments of the pipeline's `__call__`, for example `height`, `width`, `max_sequence_length`.
+
+    Attributes:
+        forward (`Callable`):
+            What evaluates the denoiser when gradients are wanted: set it to the wrapped (DDP, FSDP, DeepSpeed) module.
+        evaluations (`int`):
+            Number of latents for which `predict` was called so far (with classifier-free guidance, one evaluation is
+            two passes through the denoiser).
+
+    Raises:
+        ValueError: if the pipeline class is unknown (the message says what to add), has two denoisers, or an argument
+            in `call_kwargs` is not an argument of its `__call__` or is one that the policy sets itself.
+
+    Example:
+
+    ```python
+    >>> policy = PipelinePolicy(pipe, guidance_scale=4.5)
+    >>> latents, schedule, conditioning = policy.start(["a red circle"], 10, [torch.Generator().manual_seed(0)])
+    >>> for i in range(10):
+    ...     velocity = policy.predict(latents, i, conditioning, schedule)
+    ...     latents = latents + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * velocity
+    >>> image = policy.decode(latents, conditioning)[0]  # what pipe("a red circle", ...) gives, bit for bit
+    ```
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        **call_kwargs: Any,
+    ):
+        names = [cls.__name__ for cls in type(pipe).__mro__]
+        self.family = next((PIPELINE_FAMILIES[name] for name in names if name in PIPELINE_FAMILIES), None)
+        if self.family is None:
+            raise ValueError(
+                f"`pipe` is a `{names[0]}`, which is not one of {sorted(PIPELINE_FAMILIES)}. To add it, say which "
+                "argument of its `__call__` takes each output of its `encode_prompt`: "
+                f"`flow_trl.policy.PIPELINE_FAMILIES[{names[0]!r}] = PipelineFamily(outputs=('prompt_embeds', ...))`."
+            )
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise ValueError(
+                f"`pipe` ({names[0]}) has two denoisers, `transformer` and `transformer_2`; a policy has one. Load it "
+                "with `transformer_2=None, boundary_ratio=None`."
+            )
+        self.pipe = pipe
+        self.denoiser_name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+        self.negative_prompt = negative_prompt
+        self.call_kwargs = dict(call_kwargs)
+        if guidance_scale is not None:
+            self.call_kwargs[self.family.guidance] = guidance_scale
+        self._call_function = inspect.unwrap(type(pipe).__call__)
+        self._call_defaults = {
+            name: parameter.default for name, parameter in inspect.signature(self._call_function).parameters.items()
+        }
+        for name in call_kwargs:
+            if name not in self._call_defaults or name in _RESERVED or name.endswith(("_embeds", "_mask")):
+                reason = "is set by the policy" if name in self._call_defaults else "is unknown to the pipeline"
+                raise ValueError(
+                    f"`{name}={call_kwargs[name]!r}` cannot be passed on to `{names[0]}.__call__`: it {reason}. "
+                    "Remove it from the pipeline's keyword arguments."
+                )
+        self.forward = self.denoiser
+        self.evaluations = 0
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The module that is trained: the pipeline's `transformer` or `unet`."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """
+        Embeds prompts with the pipeline's own `encode_prompt`.
+
+        Args:
+            prompts (`list[str]`):
+                N prompts.
+
+        Returns:
+            [`Conditioning`] of length N.
+        """
+        prompts = list(prompts)
+        parameters = inspect.signature(self.pipe.encode_prompt).parameters
+        kwargs = {
+            name: self.call_kwargs.get(name, self._call_defaults[name])
+            for name in ("max_sequence_length", "clip_skip")
+            if name in parameters and name in self._call_defaults
+        }
+        negative_if = self.family.negative_if
+        guided = self.call_kwargs.get(negative_if, self._call_defaults[negative_if]) > 1
+        joint = "do_classifier_free_guidance" in parameters
+        if joint:
+            kwargs.update(do_classifier_free_guidance=guided, negative_prompt=self.negative_prompt)
+
+        def encode(texts, prefix=""):
+            outputs = self.pipe.encode_prompt(prompt=texts, device=self.pipe._execution_device, **kwargs)
+            named = {prefix + name: value for name, value in zip(self.family.outputs, outputs, strict=True) if name}
+            for name, value in named.items():
+                if name.endswith("_mask") and value is None:  # the pipeline's way to say that all tokens count
+                    named[name] = torch.ones(
+                        named[name.removesuffix("_mask")].shape[:2], dtype=torch.long, device=self.device
+                    )
+            return named
+
+        arguments = encode(prompts)
+        if guided and not joint:
+            arguments |= encode([self.negative_prompt or ""] * len(prompts), prefix="negative_")
+        return Conditioning(arguments)
+
+    def start(
+        self,
+        prompts: list[str] | Conditioning,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Start:
+        """
+        Initial latents, schedule and conditioning of a sampling run. The denoiser is not evaluated.
+
+        Args:
+            prompts (`list[str]` or [`Conditioning`]):
+                N prompts, or what `encode` made of them.
+            num_inference_steps (`int`):
+                Number T of denoising steps.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the initial noise, as in diffusers: one for all, or one per prompt.
+
+        Returns:
+            [`Start`]: latents of shape `(N, ...)`, schedule of T steps, conditioning of length N.
+        """
+        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
+        stand_in = _StandIn(self.pipe.scheduler)
+        self._call(
+            stand_in, _no_evaluation, conditioning, num_inference_steps=num_inference_steps, generator=generator
+        )
+        sigmas = getattr(stand_in, "sigmas", None)
+        sigmas = None if sigmas is None else torch.as_tensor(sigmas).detach().float().cpu()
+        return Start(stand_in.sample.float(), Schedule(stand_in.timesteps, sigmas), conditioning)
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        step_index: int,
+        conditioning: Conditioning,
+        schedule: Schedule,
+        *,
+        grad: bool = False,
+    ) -> torch.Tensor:
+        """
+        The model output that reaches the scheduler at one step, guidance included.
+
+        Args:
+            latents (`torch.Tensor` of shape `(N, ...)`):
+                Latents before the step, all at the same step.
+            step_index (`int`):
+                Index of the step, from 0 to T - 1.
+            conditioning ([`Conditioning`]):
+                Conditioning of length N.
+            schedule ([`Schedule`]):
+                The schedule that `start` gave.
+            grad (`bool`, *optional*, defaults to `False`):
+                Whether to record gradients, and to evaluate the denoiser through `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
+        """
+        sigmas = None if schedule.sigmas is None else schedule.sigmas[step_index : step_index + 2]
+        stand_in = _StandIn(
+            self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas)
+        )
+        self._call(
+            stand_in, self.forward if grad else self.denoiser, conditioning, grad=grad, num_inference_steps=1,
+            latents=latents,
+        )  # fmt: skip
+        self.evaluations += len(latents)
+        return stand_in.model_output.float()
+
+    def decode(self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil") -> list | torch.Tensor:
+        """
+        Images of final latents, un-packed, scaled and decoded by the pipeline. The denoiser is not evaluated.
+
+        Args:
+            latents (`torch.Tensor` of shape `(N, ...)`):
+                Latents after the last step.
+            conditioning ([`Conditioning`]):
+                Conditioning of length N (it fixes the size of the batch).
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                As in diffusers.
+
+        Returns:
+            `list[PIL.Image.Image]` of length N (for `"pil"`); for videos of more than one frame, a list of N lists.
+        """
+        vae = getattr(self.pipe, "vae", None)
+        schedule = Schedule(torch.zeros(1, device=self.device), torch.zeros(2))
+        stand_in = _StandIn(
+            self.pipe.scheduler, schedule, hand_back=latents.to(self.device, vae.dtype if vae else latents.dtype)
+        )
+        output = self._call(
+            stand_in, _no_evaluation, conditioning, num_inference_steps=1, latents=latents, output_type=output_type
+        )[0]
+        if output_type == "pil" and all(isinstance(frames, list) and len(frames) == 1 for frames in output):
+            return [frames[0] for frames in output]
+        return output
+
+    def _call(self, stand_in: _StandIn, forward: Callable, conditioning: Conditioning, grad: bool = False, **kwargs):
+        runner = copy.copy(self.pipe)
+        runner.__dict__.update(
+            {
+                "scheduler": stand_in,
+                self.denoiser_name: _Denoiser(self.denoiser, forward),
+                "_progress_bar_config": {"disable": True},
+            }
+        )
+        if kwargs.get("latents") is not None:
+            kwargs["latents"] = kwargs["latents"].to(self.device)
+        with torch.set_grad_enabled(grad):
+            try:
+                return self._call_function(
+                    runner, **conditioning.arguments, **self.call_kwargs, **kwargs, return_dict=False
+                )
+            except _StepReached:
+                return None
