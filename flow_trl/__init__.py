@@ -1,0 +1,40 @@
+"""
+Trainers for TRL users that put the reward where it was earned: on a denoising step or on a block of text.
+
+The public names are imported when they are first used, so `import flow_trl` itself loads neither torch nor
+transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .policy import PipelinePolicy as PipelinePolicy
+    from .trainer.flow_grpo_config import FlowGRPOConfig as FlowGRPOConfig
+    from .trainer.flow_grpo_trainer import FlowGRPOTrainer as FlowGRPOTrainer
+    from .trainer.tp_grpo_config import TPGRPOConfig as TPGRPOConfig
+    from .trainer.tp_grpo_trainer import TPGRPOTrainer as TPGRPOTrainer
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "FlowGRPOConfig": "flow_trl.trainer.flow_grpo_config",
+    "FlowGRPOTrainer": "flow_trl.trainer.flow_grpo_trainer",
+    "PipelinePolicy": "flow_trl.policy",
+    "TPGRPOConfig": "flow_trl.trainer.tp_grpo_config",
+    "TPGRPOTrainer": "flow_trl.trainer.tp_grpo_trainer",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,119 @@
+"""
+Reward functions for images, and the built-in ones by name.
+
+A reward function is any callable, sync or async, that is called **by keyword**:
+
+```python
+f(prompts=[...], images=[...], **columns) -> list[float | None]
+```
+
+* `prompts` (`list[str]`): the prompt of each image.
+* `images` (`list[PIL.Image.Image]`): the images to score, as many as there are prompts.
+* `columns` (`list` each): every other column of the data set, by its name, one entry per image. A function names the
+  columns that it needs and takes the others with `**columns`.
+
+It returns one number per image, higher is better. `None` means "not applicable": that image has no reward from this
+function, and only the other functions count.
+
+Example:
+
+```python
+from flow_trl import TPGRPOTrainer
+
+
+def darkness(prompts, images, **columns):
+    return [1 - sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in images]
+
+
+async def judged(prompts, images, question, **columns):  # the data set has a column `question`
+    return await asyncio.gather(*(ask_judge(image, text) for image, text in zip(images, question, strict=True)))
+
+
+trainer = TPGRPOTrainer(model, reward_funcs=["ocr", darkness, judged], ...)
+```
+
+Built-in names: `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`]), `"ocr"` ([`~rewards.ocr.OCRReward`]),
+[`~rewards.jpeg.jpeg_compressibility`] and [`~rewards.jpeg.jpeg_incompressibility`].
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def _load(module: str, name: str) -> Any:
+    return getattr(import_module(f"flow_trl.rewards.{module}"), name)
+
+
+BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
+    "jpeg_compressibility": lambda: _load("jpeg", "jpeg_compressibility"),
+    "jpeg_incompressibility": lambda: _load("jpeg", "jpeg_incompressibility"),
+    "ocr": lambda: _load("ocr", "OCRReward")(),
+    "scene": lambda: _load("scene", "SceneReward")(),
+    "scene_strict": lambda: _load("scene", "SceneReward")(strict=True),
+}
+
+
+def get_reward_func(reward: str | Callable) -> Callable:
+    """
+    Returns the reward function that a name or a callable stands for.
+
+    Args:
+        reward (`str` or `Callable`):
+            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), or a reward function, which is returned unchanged.
+
+    Returns:
+        `Callable`: the reward function, see [`flow_trl.rewards`] for how it is called.
+
+    Raises:
+        ValueError: if `reward` is a `str` that names no built-in reward.
+        TypeError: if `reward` is neither a `str` nor a callable.
+        MissingExtraError: if the built-in reward needs an optional package that is not installed.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from flow_trl.rewards import get_reward_func
+
+    >>> reward_func = get_reward_func("jpeg_compressibility")
+    >>> reward_func(prompts=["nothing"], images=[Image.new("RGB", (32, 32))])
+    [-0.643]
+    ```
+    """
+    if isinstance(reward, str):
+        if reward not in BUILT_IN_REWARDS:
+            raise ValueError(
+                f"`reward` is {reward!r}, which is no built-in reward. The built-in ones are "
+                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable)."
+            )
+        return BUILT_IN_REWARDS[reward]()
+    if not callable(reward):
+        raise TypeError(
+            f"`reward` must be the name of a built-in reward ({', '.join(map(repr, BUILT_IN_REWARDS))}) or a "
+            f"callable, but it is {reward!r}, a {type(reward).__name__}."
+        )
+    return reward
+
+
+def reward_name(func: Callable) -> str:
+    """
+    Returns the name under which a reward function is logged.
+
+    Args:
+        func (`Callable`):
+            A reward function.
+
+    Returns:
+        `str`: its `__name__`, or its class's name where it has none.
+
+    Example:
+
+    ```python
+    >>> from flow_trl.rewards import get_reward_func, reward_name
+
+    >>> reward_name(get_reward_func("jpeg_compressibility"))
+    'jpeg_compressibility'
+    ```
+    """
+    return getattr(func, "__name__", type(func).__name__)
