@@ -40,27 +40,29 @@ from transformers import (
 SIZE = 16  # height and width in pixels, the default of every pipeline here but Wan's, which is always told
 VOCABULARY = 1000
 WORDS = """a an the of and with on in above below left right beside one two three four small large red blue green
-yellow black white circle square triangle star cube ball cat dog house photo image blurry""".split()
+yellow black white circle square triangle star cube ball cat dog house photo image blurry"""
 # Qwen-Image's own template: its first 34 tokens are dropped, so each of its words has to be one token.
 QWEN_TEMPLATE = """system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial
 relationships of the objects and background:\nuser\nassistant\n""".replace("spatial\n", "spatial ")
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    tokenizer = CLIPTokenizer().train_new_from_iterator([WORDS], VOCABULARY, show_progress=False)
+    tokenizer = CLIPTokenizer().train_new_from_iterator([WORDS.split()], VOCABULARY, show_progress=False)
     tokenizer.model_max_length = 77
     return tokenizer
 
 
 def t5_tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [(f"▁{word}", -1.0) for word in WORDS] + [(character, -9.0) for character in "▁" + string.printable[:94]]
+    pieces = [(f"▁{word}", -1.0) for word in WORDS.split()] + [
+        (character, -9.0) for character in "▁" + string.printable[:94]
+    ]
     return T5Tokenizer(vocab=special + pieces, extra_ids=0)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer().train_new_from_iterator(
-        [[QWEN_TEMPLATE, " ".join([""] + WORDS)] * 2],
+        [[QWEN_TEMPLATE, " ".join(["", *WORDS.split()])] * 2],
         VOCABULARY,
         new_special_tokens=["<|im_start|>", "<|im_end|>"],
         show_progress=False,
