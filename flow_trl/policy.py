@@ -32,9 +32,7 @@ PIPELINE_FAMILIES: dict[str, PipelineFamily] = {
     "StableDiffusion3Pipeline": PipelineFamily(
         ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     ),
-    "FluxPipeline": PipelineFamily(
-        ("prompt_embeds", "pooled_prompt_embeds", None), negative_if="true_cfg_scale"
-    ),
+    "FluxPipeline": PipelineFamily(("prompt_embeds", "pooled_prompt_embeds", None), negative_if="true_cfg_scale"),
     "QwenImagePipeline": PipelineFamily(
         ("prompt_embeds", "prompt_embeds_mask"), guidance="true_cfg_scale", negative_if="true_cfg_scale"
     ),
@@ -278,25 +276,28 @@ class PipelinePolicy:
         """
         prompts = list(prompts)
         parameters = inspect.signature(self.pipe.encode_prompt).parameters
-        kwargs = {
+        # What some classes require, and what changes the embedding.
+        kwargs = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
+        kwargs |= {
             name: self.call_kwargs.get(name, self._call_defaults[name])
             for name in ("max_sequence_length", "clip_skip")
-            if name in parameters and name in self._call_defaults
+            if name in self._call_defaults
         }
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
         negative_if = self.family.negative_if
         guided = self.call_kwargs.get(negative_if, self._call_defaults[negative_if]) > 1
         joint = "do_classifier_free_guidance" in parameters
         if joint:
-            kwargs.update(do_classifier_free_guidance=guided, negative_prompt=self.negative_prompt)
+            negative = None if self.negative_prompt is None else [self.negative_prompt] * len(prompts)
+            kwargs.update(do_classifier_free_guidance=guided, negative_prompt=negative)
 
         def encode(texts, prefix=""):
             outputs = self.pipe.encode_prompt(prompt=texts, device=self.pipe._execution_device, **kwargs)
             named = {prefix + name: value for name, value in zip(self.family.outputs, outputs, strict=True) if name}
             for name, value in named.items():
-                if name.endswith("_mask") and value is None:  # the pipeline's way to say that all tokens count
-                    named[name] = torch.ones(
-                        named[name.removesuffix("_mask")].shape[:2], dtype=torch.long, device=self.device
-                    )
+                embeds = named.get(name.removesuffix("_mask"))
+                if value is None and embeds is not None:  # the pipeline's way to say that all tokens count
+                    named[name] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             return named
 
         arguments = encode(prompts)
@@ -361,9 +362,7 @@ class PipelinePolicy:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
         sigmas = None if schedule.sigmas is None else schedule.sigmas[step_index : step_index + 2]
-        stand_in = _StandIn(
-            self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas)
-        )
+        stand_in = _StandIn(self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas))
         self._call(
             stand_in, self.forward if grad else self.denoiser, conditioning, grad=grad, num_inference_steps=1,
             latents=latents,
@@ -371,7 +370,9 @@ class PipelinePolicy:
         self.evaluations += len(latents)
         return stand_in.model_output.float()
 
-    def decode(self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil") -> list | torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil"
+    ) -> list | torch.Tensor:
         """
         Images of final latents, un-packed, scaled and decoded by the pipeline. The denoiser is not evaluated.
 
