@@ -1,0 +1,183 @@
+"""Callbacks for diffusion training: moving average, image grids, learning curve."""
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from .utils import import_extra
+
+
+logger = logging.getLogger(__name__)
+
+
+class EMACallback(TrainerCallback):
+    r"""
+    Keeps an exponential moving average of the trained weights,
+    \\( \bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta \\), starting from the initial weights.
+
+    Args:
+        parameters (`dict[str, torch.nn.Parameter]`):
+            The trained parameters by name.
+        decay (`float`):
+            Decay d, in (0, 1).
+        update_steps (`int`):
+            Number of optimizer updates between two steps of the average.
+
+    Example:
+
+    ```python
+    >>> ema = EMACallback(dict(model.named_parameters()), decay=0.9, update_steps=8)
+    >>> with ema.applied():  # here the model has the averaged weights
+    ...     evaluate(model)
+    ```
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, update_steps: int):
+        self.parameters = parameters
+        self.update_steps = update_steps
+        self.average = EMAModel(parameters.values(), decay=decay, min_decay=decay, update_after_step=-1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.update_steps == 0:
+            self.average.step(self.parameters.values())
+
+    @contextmanager
+    def applied(self):
+        """Within this context the parameters hold their averages."""
+        self.average.store(self.parameters.values())
+        self.average.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters.values())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the averages to a safetensors file."""
+        tensors = dict(zip(self.parameters, self.average.shadow_params, strict=True))
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+    def load(self, path: str | Path) -> None:
+        """Reads averages that `save` wrote."""
+        tensors = load_file(path)
+        for name, shadow in zip(self.parameters, self.average.shadow_params, strict=True):
+            shadow.copy_(tensors[name])
+
+
+def save_image_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
+    """
+    Writes images of one size as a PNG grid, filled row by row; missing places stay white.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            The images.
+        columns (`int`):
+            Number of columns.
+        path (`str` or `Path`):
+            File to write; its folder is made.
+
+    Returns:
+        `PIL.Image.Image`: the grid.
+
+    Example:
+
+    ```python
+    >>> save_image_grid([Image.new("RGB", (32, 32))] * 7, columns=4, path="grid.png").size
+    (128, 64)
+    ```
+    """
+    images = [frames[0] if isinstance(frames, list) else frames for frames in images]  # a video: its first frame
+    rows = -(-len(images) // columns)
+    blank = Image.new("RGB", images[0].size, "white")
+    grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    return grid
+
+
+def log_image(
+    image: Image.Image, name: str, step: int, report_to: list[str], callbacks: list[TrainerCallback]
+) -> None:
+    """
+    Sends a picture to the trackers that a trainer reports to.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The picture.
+        name (`str`):
+            Name under which it is logged.
+        step (`int`):
+            Number of optimizer updates so far.
+        report_to (`list[str]`):
+            `args.report_to` of the trainer. Trackers that are not known here get no picture, with a warning.
+        callbacks (`list[TrainerCallback]`):
+            The trainer's callbacks; TensorBoard's holds the writer.
+    """
+    for tracker in report_to:
+        if tracker == "tensorboard":
+            for callback in callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                    callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        elif tracker in ("wandb", "trackio"):
+            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
+            module.log({name: module.Image(image), "train/global_step": step})
+        elif tracker == "mlflow":
+            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
+            module.log_image(image, key=name.replace("/", "_"), step=step)
+        else:
+            logger.warning("`report_to=%r`: pictures are not sent to this tracker; they are in `output_dir`.", tracker)
+
+
+class LearningCurveCallback(TrainerCallback):
+    """
+    Draws the rewards against updates, denoiser evaluations and reward calls, as `learning_curve.png` in `output_dir`,
+    after each evaluation and at the end.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed (extra `plots`).
+
+    Example:
+
+    ```python
+    >>> trainer = TPGRPOTrainer(..., callbacks=[LearningCurveCallback()])
+    ```
+    """
+
+    def __init__(self):
+        self._figure = import_extra("matplotlib.figure", extra="plots", purpose="the learning curve")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def _draw(self, args: Any, state: Any) -> None:
+        train = [entry for entry in state.log_history if "reward" in entry]
+        if not state.is_world_process_zero or not train:
+            return
+        costs = {0: {"step": 0, "total_nfe": 0, "total_reward_calls": 0}} | {entry["step"]: entry for entry in train}
+        evaluations = [entry for entry in state.log_history if "eval_reward" in entry and entry["step"] in costs]
+        figure = self._figure.Figure(figsize=(12, 3.6), layout="constrained")
+        labels = {"step": "updates", "total_nfe": "denoiser evaluations", "total_reward_calls": "reward calls"}
+        for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
+            axes.plot(
+                [entry[key] for entry in train], [entry["reward"] for entry in train], alpha=0.5, label="training"
+            )
+            for name in sorted({name for entry in evaluations for name in entry if name.endswith("/mean")}):
+                points = [(costs[entry["step"]][key], entry[name]) for entry in evaluations if name in entry]
+                axes.plot(*zip(*points, strict=True), marker="o", label=name.split("/")[-2] + ", held out")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("reward")
+        figure.axes[0].legend()
+        figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)

@@ -1,0 +1,147 @@
+"""Trajectories of a policy, and the ODE completions of all their steps as one moving wavefront."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .policy import Conditioning, PipelinePolicy, Schedule
+from .transitions import Transition
+
+
+class Trajectory(NamedTuple):
+    """
+    What [`rollout`] returns: N sampled trajectories with K stochastic steps.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, K + 1, ...)`, float32):
+            Latents before each stochastic step, and after the last one.
+        log_probs (`torch.Tensor` of shape `(N, K)`, float32):
+            Log-probability of each stochastic step, mean over latent elements.
+        finals (`torch.Tensor` of shape `(M, N, ...)`, float32):
+            Final latents. With completions, M = K + 1 and `finals[k]` follows the first k stochastic steps and then the
+            ODE: `finals[0]` is the ODE sample from the same initial noise, `finals[K]` the sampled trajectory itself.
+            Without, M = 1 and `finals[0]` is the sampled trajectory.
+        schedule ([`~flow_trl.policy.Schedule`]):
+            Timesteps and sigmas.
+        steps (`range`):
+            Indices of the K stochastic steps.
+    """
+
+    latents: torch.Tensor
+    log_probs: torch.Tensor
+    finals: torch.Tensor
+    schedule: Schedule
+    steps: range
+
+
+@torch.no_grad()
+def rollout(
+    policy: PipelinePolicy,
+    conditioning: Conditioning,
+    prompt_index: list[int],
+    generators: list[torch.Generator],
+    *,
+    num_inference_steps: int,
+    transition: Callable[..., Transition] | None = None,
+    steps: range = range(0),
+    completions: bool = False,
+    completion_stride: int = 1,
+    batch_size: int | None = None,
+    callback: Callable[[int], None] | None = None,
+) -> Trajectory:
+    r"""
+    Samples N trajectories of a flow policy; the steps outside `steps` are ODE steps,
+    \\( x_{i+1} = x_i + (s_{i+1} - s_i)\, v(x_i, s_i) \\).
+
+    With `completions`, also follows the ODE to its end from before each stochastic step
+    ([TP-GRPO](https://huggingface.co/papers/2602.06422)). At step i the sampled trajectory and all open completions are
+    at the same sigma, so they advance together in one batch, and the completion that opens there takes its first step
+    with the velocity just computed for the trajectory. T steps, all but the last stochastic, cost T (T + 1) / 2
+    evaluations per image in T batches, and nothing is approximated.
+
+    Args:
+        policy ([`~flow_trl.PipelinePolicy`]):
+            The policy.
+        conditioning ([`~flow_trl.policy.Conditioning`]):
+            Conditioning of the distinct prompts.
+        prompt_index (`list[int]`):
+            For each of the N samples, its prompt's index in `conditioning`.
+        generators (`list[torch.Generator]`):
+            One generator (on the CPU) per sample. It draws the initial noise, then the noise of each stochastic step,
+            so a sample does not depend on the batch it is in.
+        num_inference_steps (`int`):
+            Number T of denoising steps.
+        transition (`Callable`, *optional*):
+            Stochastic step, called as `transition(velocity, sample, step_index, schedule, noise=noise)`.
+        steps (`range`, *optional*, defaults to `range(0)`):
+            Indices of the K stochastic steps, contiguous. The default samples the ODE.
+        completions (`bool`, *optional*, defaults to `False`):
+            Whether to complete each prefix by the ODE.
+        completion_stride (`int`, *optional*, defaults to `1`):
+            Number of sigmas that a completion steps over at a time. Above 1 completions are cheaper and approximate.
+        batch_size (`int`, *optional*):
+            Largest number of latents in one call of the denoiser. If not set, all at once.
+        callback (`Callable[[int], None]`, *optional*):
+            Called with the step index after each step.
+
+    Returns:
+        [`Trajectory`]
+
+    Example:
+
+    ```python
+    >>> conditioning = policy.encode(["a red circle", "a blue square"])
+    >>> generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    >>> trajectory = rollout(policy, conditioning, [0, 0, 1, 1], generators, num_inference_steps=20)  # ODE samples
+    >>> images = policy.decode(trajectory.finals[0], conditioning[[0, 0, 1, 1]])
+    ```
+    """
+    rows = torch.as_tensor(prompt_index).split(batch_size or len(prompt_index))
+    drawn = iter(generators)
+    starts = [policy.start(conditioning[row], num_inference_steps, [next(drawn) for _ in row]) for row in rows]
+    sampled = torch.cat([start.latents for start in starts])
+    schedule = starts[0].schedule
+    sigmas = schedule.sigmas
+
+    def velocities(latents: list[torch.Tensor], step: int) -> tuple[torch.Tensor, ...]:
+        row = torch.as_tensor(prompt_index).repeat(len(latents))
+        size = batch_size or len(row)
+        parts = zip(torch.cat(latents).split(size), row.split(size), strict=True)
+        velocity = torch.cat([policy.predict(part, step, conditioning[index], schedule) for part, index in parts])
+        return velocity.chunk(len(latents))
+
+    latents, log_probs = [], []
+    open_completions: list[torch.Tensor] = []
+    arrives: list[int] = []  # the step at which a completion's latents are now
+    for i in range(num_inference_steps):
+        due = [k for k, step in enumerate(arrives) if step == i]
+        velocity, *completion_velocities = velocities([sampled, *(open_completions[k] for k in due)], i)
+        if completions and i in steps:
+            due.append(len(open_completions))
+            open_completions.append(sampled)
+            arrives.append(i)
+            completion_velocities.append(velocity)
+        for k, completion_velocity in zip(due, completion_velocities, strict=True):
+            arrives[k] = min(i + completion_stride, num_inference_steps)
+            open_completions[k] = open_completions[k] + (sigmas[arrives[k]] - sigmas[i]) * completion_velocity
+        if i in steps:
+            noise = torch.stack([torch.randn(sampled.shape[1:], generator=generator) for generator in generators])
+            step = transition(velocity, sampled, i, schedule, noise=noise.to(sampled.device))
+            latents.append(sampled)
+            log_probs.append(step.log_prob)
+            sampled = step.next_sample
+            if i + 1 not in steps:
+                latents.append(sampled)
+        else:
+            sampled = sampled + (sigmas[i + 1] - sigmas[i]) * velocity
+        if callback is not None:
+            callback(i)
+    empty = sampled.new_zeros(len(sampled), 0)
+    return Trajectory(
+        latents=torch.stack(latents, dim=1) if latents else empty,
+        log_probs=torch.stack(log_probs, dim=1) if log_probs else empty,
+        finals=torch.stack([*open_completions, sampled]),
+        schedule=schedule,
+        steps=steps,
+    )

@@ -1,0 +1,190 @@
+"""Arguments that all trainers of diffusers pipelines share."""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+@dataclass
+class DiffusionConfig(TrainingArguments):
+    r"""
+    Arguments shared by [`FlowGRPOConfig`] and its relatives; not used by itself.
+
+    Only the arguments that differ from [`~transformers.TrainingArguments`] are listed. A *generation* is one round of
+    sampling and scoring; `updates_per_generation * num_iterations` optimizer updates follow it. A micro-batch is
+    `per_device_train_batch_size` images at one denoising step.
+
+    Args:
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a name.
+        pipeline_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for each call of the pipeline, for example `{"height": 512, "width": 512}`.
+        negative_prompt (`str`, *optional*):
+            Negative prompt for guidance. If not set, what the pipeline takes by itself.
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Number of denoising steps in training.
+        guidance_scale (`float`, *optional*):
+            Strength of guidance, in sampling and in training. If not set, the pipeline's default.
+        num_generations (`int`, *optional*, defaults to `24`):
+            Number of images per prompt in a generation (the group).
+        generation_batch_size (`int`, *optional*, defaults to `1152`):
+            Number of images in a generation, over all processes. Must be a multiple of `num_generations`.
+        per_device_rollout_batch_size (`int`, *optional*, defaults to `16`):
+            Largest number of latents in one call of the denoiser or the decoder while sampling.
+        updates_per_generation (`int`, *optional*, defaults to `2`):
+            Number of parts into which a generation's images are split, with one optimizer update each.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over a generation.
+        gradient_accumulation_steps (`int`, *optional*):
+            Follows from the arguments above. Set it only to check that it is what you expect.
+        epsilon (`float`, *optional*, defaults to `1e-5`):
+            Clip range of the probability ratio, whose log is a mean over latent elements.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence to the reference, which is the model with its adapter switched off (or, in full
+            training, a copy of the initial weights).
+        adv_clip_max (`float`, *optional*, defaults to `5.0`):
+            Advantages are clipped to plus or minus this value.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. If not set, all are 1. A function of weight 0 is only logged, and scores
+            only finished images.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the prompts in each epoch.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the exponential moving average of the trained weights, which evaluation and saving use. `0`
+            switches it off.
+        ema_update_steps (`int`, *optional*, defaults to `8`):
+            Number of updates between two steps of the moving average.
+        eval_num_inference_steps (`int`, *optional*, defaults to `40`):
+            Number of denoising steps in evaluation.
+        eval_guidance_scale (`float`, *optional*):
+            Strength of guidance in evaluation. If not set, `guidance_scale`.
+        num_images_to_save (`int`, *optional*, defaults to `16`):
+            Number of images in the grid that each evaluation leaves in `output_dir/images` and in the trackers.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to leave such a grid of training images at every `logging_steps` too.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the batch sizes do not divide; the message names the numbers.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "pipeline_kwargs"]
+
+    # Defaults that differ from TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every X updates."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Follows from the batch sizes; set it only to check it."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Whether to train in bfloat16. If not set, `True` on GPUs that have it."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Not used: every column reaches the reward functions."}
+    )
+
+    # The pipeline
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
+    )
+    pipeline_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for each call of the pipeline, such as height and width."}
+    )
+    negative_prompt: str | None = field(default=None, metadata={"help": "Negative prompt for guidance."})
+    num_inference_steps: int = field(default=10, metadata={"help": "Number of denoising steps in training."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Strength of guidance. If not set, the pipeline's default."}
+    )
+
+    # Generations and updates
+    num_generations: int = field(default=24, metadata={"help": "Number of images per prompt in a generation."})
+    generation_batch_size: int = field(
+        default=1152, metadata={"help": "Number of images in a generation, over all processes."}
+    )
+    per_device_rollout_batch_size: int = field(
+        default=16, metadata={"help": "Largest number of latents in one call of the denoiser while sampling."}
+    )
+    updates_per_generation: int = field(default=2, metadata={"help": "Number of updates per pass over a generation."})
+    num_iterations: int = field(default=1, metadata={"help": "Number of passes over a generation."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the prompts in each epoch."})
+
+    # The loss
+    epsilon: float = field(default=1e-5, metadata={"help": "Clip range of the probability ratio."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
+    adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus or minus this."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; 0 only logs it. If not set, all are 1."}
+    )
+
+    # Moving average, evaluation, images
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average of the weights; 0: none."})
+    ema_update_steps: int = field(default=8, metadata={"help": "Updates between two steps of the moving average."})
+    eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps in evaluation."})
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Strength of guidance in evaluation. If not set, `guidance_scale`."}
+    )
+    num_images_to_save: int = field(default=16, metadata={"help": "Number of images in a saved grid."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "Whether to save a grid of training images at every `logging_steps`."}
+    )
+
+    @property
+    def num_trained_steps(self) -> int:
+        """Number of stochastic steps K of a trajectory; each is trained."""
+        return self.num_inference_steps - 1
+
+    def _check(self, name: str, condition: bool, remedy: str) -> None:
+        if not condition:
+            raise ValueError(f"`{name}={getattr(self, name)!r}` does not work: {remedy}.")
+
+    def _validate(self) -> None:
+        """Checks what needs no pipeline and no data."""
+        positive = ("generation_batch_size", "per_device_train_batch_size", "per_device_rollout_batch_size",
+                    "updates_per_generation", "num_iterations", "ema_update_steps", "num_generations",
+                    "eval_num_inference_steps")  # fmt: skip
+        for name in positive:
+            self._check(name, getattr(self, name) >= 1, "it must be at least 1")
+        self._check("num_inference_steps", self.num_inference_steps >= 2, "it must be at least 2")
+        self._check("epsilon", self.epsilon > 0, "it must be above 0; the paper's value is 1e-5")
+        self._check("beta", self.beta >= 0, "it must not be negative; 0 switches the KL term off")
+        self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; the paper's value is 5")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "it must be in [0, 1); 0 switches the moving average off")
+        for name in ("guidance_scale", "eval_guidance_scale"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 0, "it must not be negative; 1 means no guidance")
+        if self.reward_weights is not None:
+            valid = all(math.isfinite(weight) for weight in self.reward_weights) and any(self.reward_weights)
+            self._check("reward_weights", valid, "weights must be finite, and at least one must not be 0")
+
+        size, world_size = self.generation_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+        self._check(
+            "generation_batch_size",
+            size % self.num_generations == 0,
+            f"it must be a multiple of `num_generations={self.num_generations}`, for example "
+            f"{max(1, round(size / self.num_generations)) * self.num_generations}",
+        )
+        unit = self.per_device_train_batch_size * world_size * self.updates_per_generation
+        self._check(
+            "generation_batch_size",
+            size % unit == 0,
+            f"it must be a multiple of {unit} = `per_device_train_batch_size={self.per_device_train_batch_size}` * "
+            f"{world_size} processes * `updates_per_generation={self.updates_per_generation}`, so that each update has "
+            "whole micro-batches. Change one of them",
+        )
+        accumulation = size // unit * self.num_trained_steps
+        self._check(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps in (None, accumulation),
+            f"the batch sizes make it {accumulation} = {size // unit} micro-batches of images * "
+            f"{self.num_trained_steps} trained steps. Leave it out, or change `updates_per_generation`",
+        )
+        self.gradient_accumulation_steps = accumulation
+
+    def __post_init__(self):
+        self._validate()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+        super().__post_init__()

@@ -1,0 +1,92 @@
+"""Arguments of [`FlowGRPOTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from .diffusion_config import DiffusionConfig
+
+
+@dataclass
+class FlowGRPOConfig(DiffusionConfig):
+    r"""
+    Arguments of [`FlowGRPOTrainer`]. Defaults are the setting of [Flow-GRPO](https://huggingface.co/papers/2505.05470)
+    and [TP-GRPO](https://huggingface.co/papers/2602.06422) for Stable Diffusion 3.5 Medium, where they do not depend on
+    the hardware.
+
+    Only the arguments that differ from [`DiffusionConfig`] are listed.
+
+    Args:
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Noise level a of the stochastic steps: above 0 for `"sde"`, in (0, 1] for `"cps"` (0.8 is usual there).
+        sde_type (`str`, *optional*, defaults to `"sde"`):
+            Kind of stochastic step: `"sde"` (Flow-GRPO) or `"cps"`
+            ([coefficient-preserving sampling](https://huggingface.co/papers/2509.05952)).
+        sde_window_size (`int`, *optional*):
+            Number of consecutive stochastic steps. The others are ODE steps and are not trained. If not set, all steps
+            but the last are stochastic.
+        sde_window_range (`list[int]`, *optional*):
+            The window lies in the steps `[first, last)`, at a place drawn for each generation. If not set,
+            `[0, num_inference_steps - 1]`.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            What advantages are divided by: `"group"` (standard deviation in the prompt's group), `"batch"` (in the
+            generation) or `"none"`.
+    """
+
+    guidance_scale: float | None = field(
+        default=4.5, metadata={"help": "Strength of guidance. If None, the pipeline's default."}
+    )
+    beta: float = field(default=4e-4, metadata={"help": "Weight of the KL divergence to the reference."})
+    noise_level: float = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
+    sde_type: str = field(default="sde", metadata={"help": "Kind of stochastic step.", "choices": ["sde", "cps"]})
+    sde_window_size: int | None = field(
+        default=None, metadata={"help": "Number of stochastic steps. If not set, all but the last step."}
+    )
+    sde_window_range: list[int] | None = field(
+        default=None, metadata={"help": "The stochastic steps lie in [first, last). If not set, all but the last."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "What advantages are divided by.", "choices": ["group", "batch", "none"]},
+    )
+
+    @property
+    def num_trained_steps(self) -> int:
+        return self.num_inference_steps - 1 if self.sde_window_size is None else self.sde_window_size
+
+    def _validate(self) -> None:
+        last = self.num_inference_steps - 1
+        self._check(
+            "num_generations",
+            self.num_generations >= 2,
+            "advantages compare the images of one prompt, so there must be at least 2 (24 in the paper). With 1 every "
+            "advantage is 0 or noise, and images degrade",
+        )
+        self._check("sde_type", self.sde_type in ("sde", "cps"), "choose 'sde' or 'cps'")
+        self._check(
+            "noise_level",
+            self.noise_level > 0 and (self.sde_type == "sde" or self.noise_level <= 1),
+            "it must be above 0, and at most 1 for `sde_type='cps'`; usual are 0.7 (sde) and 0.8 (cps)",
+        )
+        self._check(
+            "scale_rewards", self.scale_rewards in ("group", "batch", "none"), "choose 'group', 'batch' or 'none'"
+        )
+        if self.sde_window_range is not None:
+            in_range = (
+                len(self.sde_window_range) == 2 and 0 <= self.sde_window_range[0] < self.sde_window_range[1] <= last
+            )
+            self._check(
+                "sde_window_range",
+                in_range,
+                f"it must be [first, last] with 0 <= first < last <= {last} = `num_inference_steps` - 1 (the last step "
+                "is never stochastic)",
+            )
+            self._check(
+                "sde_window_range", self.sde_window_size is not None, "it has a meaning only with `sde_window_size`"
+            )
+        if self.sde_window_size is not None:
+            first, last = self.sde_window_range or (0, last)
+            self._check(
+                "sde_window_size",
+                1 <= self.sde_window_size <= last - first,
+                f"the steps [{first}, {last}) have room for 1 to {last - first} stochastic steps",
+            )
+        super()._validate()

@@ -1,0 +1,87 @@
+"""Flow-GRPO: group-relative policy optimisation of flow-matching pipelines."""
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from ..credit import group_advantages
+from ..policy import Schedule
+from ..transitions import Transition, flow_step
+from .diffusion_trainer import DiffusionTrainer, sample_generator
+from .flow_grpo_config import FlowGRPOConfig
+
+
+class FlowGRPOTrainer(DiffusionTrainer):
+    """
+    Trainer for [Flow-GRPO](https://huggingface.co/papers/2505.05470): the ODE of a flow-matching pipeline is turned into
+    an SDE with the same marginals, and every step of a trajectory gets the group-normalised reward of its final image.
+
+    Takes the arguments of [`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`], with a [`FlowGRPOConfig`].
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from flow_trl import FlowGRPOConfig, FlowGRPOTrainer
+
+    trainer = FlowGRPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_funcs="ocr",
+        args=FlowGRPOConfig("sd3.5-ocr", pipeline_kwargs={"height": 512, "width": 512}),
+        train_dataset=load_dataset("text", data_files="prompts.txt", split="train").rename_column("text", "prompt"),
+        peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v"]),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+    """
+
+    _name = "Flow-GRPO"
+    _paper = {"title": "Flow-GRPO: Training Flow Matching Models via Online RL", "id": "2505.05470"}
+    _card_arguments = DiffusionTrainer._card_arguments + [
+        "noise_level",
+        "sde_type",
+        "sde_window_size",
+        "scale_rewards",
+    ]
+
+    args: FlowGRPOConfig
+
+    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+        if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"`model` has the scheduler {type(pipe.scheduler).__name__}, but {type(self).__name__} trains "
+                "flow-matching pipelines with FlowMatchEulerDiscreteScheduler. If the model is a flow model, set "
+                "`pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`; a diffusion "
+                "model needs another trainer."
+            )
+
+    def _stochastic_steps(self, step: int) -> range:
+        first, last = self.args.sde_window_range or (0, self.args.num_inference_steps - 1)
+        size = self.args.num_trained_steps
+        generator = sample_generator(self.args.seed, "window", step)
+        start = first + int(torch.randint(last - first - size + 1, (), generator=generator))
+        return range(start, start + size)
+
+    def _transition(
+        self, output: torch.Tensor, sample: torch.Tensor, step: int, schedule: Schedule, **kwargs
+    ) -> Transition:
+        return flow_step(
+            output,
+            sample,
+            schedule.sigmas[step],
+            schedule.sigmas[step + 1],
+            noise_level=self.args.noise_level,
+            sde_type=self.args.sde_type,
+            sigma_max=schedule.sigmas[1],
+            **kwargs,
+        )
+
+    def _step_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """What each step earned, (N, K): here the final image's reward."""
+        return rewards[:, -1:].expand(-1, self.args.num_trained_steps)
+
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        return group_advantages(
+            self._step_rewards(rewards), self.args.num_generations, scale_rewards=self.args.scale_rewards
+        )
