@@ -45,7 +45,8 @@ PIPELINE_FAMILIES: dict[str, PipelineFamily] = {
 
 # Arguments of `__call__` that the policy sets itself, or that mean something else in a call of a single step.
 _RESERVED = {
-    "prompt", "prompt_2", "prompt_3", "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "eta",
+    "prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
+    "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "eta",
     "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs", "skip_guidance_layers", "denoising_end",
 }  # fmt: skip

@@ -21,6 +21,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -47,9 +48,12 @@ relationships of the objects and background:\nuser\nassistant\n""".replace("spat
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    tokenizer = CLIPTokenizer().train_new_from_iterator([WORDS.split()], VOCABULARY, show_progress=False)
-    tokenizer.model_max_length = 77
-    return tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted(WORDS.split(), key=len, reverse=True)]
+    merges = dict.fromkeys(("".join(word[:i]), word[i]) for word in words for i in range(1, len(word)))
+    pieces = [*alphabet, *(f"{character}</w>" for character in alphabet), *map("".join, merges)]
+    tokens = dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *pieces])
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, list(merges), model_max_length=77)
 
 
 def t5_tokenizer() -> T5Tokenizer:

@@ -94,3 +94,305 @@ def test_rollout_equals_the_pipeline_in_pil(family):
 def test_a_video_of_one_frame_is_an_image():
     images = sample(make("wan"), output_type="pil")
     assert [image.size for image in images] == [(16, 32)] * len(PROMPTS)
+
+
+def velocity(policy, latents, timestep, conditioning, prefix=""):
+    """One forward pass of each denoiser, written by hand."""
+    named = {
+        name.removeprefix(prefix): value for name, value in conditioning.arguments.items() if name.startswith(prefix)
+    }
+    prompt_embeds, pooled = named["prompt_embeds"], named.get("pooled_prompt_embeds")
+    denoiser, n = policy.denoiser, len(latents)
+    common = {"encoder_hidden_states": prompt_embeds, "return_dict": False}
+    flow = {"hidden_states": latents, "timestep": timestep.expand(n), **common}
+    match type(policy.pipe).__name__:
+        case "StableDiffusion3Pipeline":
+            return denoiser(**flow, pooled_projections=pooled)[0]
+        case "WanPipeline":
+            return denoiser(**flow)[0]
+        case "FluxPipeline":
+            rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(4.0), indexing="ij")
+            return denoiser(
+                **{**flow, "timestep": timestep.expand(n) / 1000},
+                pooled_projections=pooled,
+                guidance=torch.full([n], 4.0),
+                img_ids=torch.stack([torch.zeros(8, 4), rows, columns], dim=-1).reshape(32, 3),
+                txt_ids=torch.zeros(prompt_embeds.shape[1], 3),
+            )[0]
+        case "QwenImagePipeline":
+            mask = named["prompt_embeds_mask"]
+            return denoiser(
+                **{**flow, "timestep": timestep.expand(n) / 1000},
+                encoder_hidden_states_mask=None if mask.all() else mask,
+                img_shapes=[[(1, 8, 4)]] * n,
+            )[0]
+        case "StableDiffusionPipeline":
+            return denoiser(latents, timestep, **common)[0]
+        case "StableDiffusionXLPipeline":
+            added = {"text_embeds": pooled, "time_ids": torch.tensor([[32, 16, 0, 0, 32, 16]] * n)}
+            return denoiser(latents, timestep, **common, added_cond_kwargs=added)[0]
+
+
+@pytest.mark.parametrize("family", [*SIX, "flux_true_cfg"])
+def test_gradient_is_that_of_the_denoiser(family):
+    policy = make(family)
+    latents, step, conditioning, schedule = begin(policy)
+    given = velocity(policy, latents, schedule.timesteps[step], conditioning)
+    expected = given
+    scale = 3.0 if family == "flux_true_cfg" else 4.0
+    if family != "flux":
+        unguided = velocity(policy, latents, schedule.timesteps[step], conditioning, prefix="negative_")
+        expected = unguided + scale * (given - unguided)
+    if family == "qwen":
+        expected = expected * given.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
+    predicted = policy.predict(latents, step, conditioning, schedule, grad=True)
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+
+    weight = torch.randn_like(expected)
+    parameters = list(policy.denoiser.parameters())
+    gradients = [
+        torch.autograd.grad((output * weight).sum(), parameters, allow_unused=True) for output in (predicted, expected)
+    ]
+    used = [(got, want) for got, want in zip(*gradients, strict=True) if want is not None]
+    assert len(used) > 0.9 * len(parameters) and any(want.abs().max() > 0.1 for _, want in used)
+    for got, want in used:
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item() + 1e-5)
+    assert all(got is None for got, want in zip(*gradients, strict=True) if want is None)
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_predict_records_a_graph_only_if_asked(family):
+    policy = make(family)
+    arguments = begin(policy)
+    sampled, trained = policy.predict(*arguments), policy.predict(*arguments, grad=True)
+    assert not sampled.requires_grad and trained.requires_grad
+    assert torch.equal(sampled, trained)  # so an on-policy ratio is exactly 1
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert policy.predict(*arguments, grad=True).requires_grad
+
+
+@pytest.mark.parametrize("index", [[2, 0, 0], slice(1, 3), torch.tensor([1]), torch.tensor([1, 1, 2, 0])], ids=str)
+@pytest.mark.parametrize("family", [*SIX, "flux_true_cfg"])
+def test_any_selection_of_samples_gives_the_same_rows(family, index):
+    policy = make(family)
+    latents, step, conditioning, schedule = begin(policy)
+    rows = policy.predict(latents, step, conditioning, schedule)[index]
+    selected = policy.predict(latents[index], step, conditioning[index], schedule)
+    assert len(conditioning[index]) == len(rows)
+    torch.testing.assert_close(selected, rows, rtol=1e-5, atol=1e-5)
+    assert (rows[0] - rows[-1]).abs().max() > 0.1 or len(rows) == 1  # rows do differ
+
+
+@pytest.mark.parametrize("family", [*SIX, "flux_true_cfg"])
+def test_a_sample_does_not_depend_on_its_batch(family):
+    policy = make(family)
+    latents, step, conditioning, schedule = begin(policy)
+    outputs = policy.predict(latents, step, conditioning, schedule)
+    for i, prompt in enumerate(PROMPTS):
+        alone = policy.start([prompt], STEPS, generators(i))
+        assert torch.equal(alone.latents, latents[i : i + 1])
+        torch.testing.assert_close(
+            policy.predict(alone.latents, step, alone.conditioning, schedule)[0], outputs[i], rtol=1e-5, atol=1e-5
+        )
+    again = policy.start(conditioning, STEPS, generators(0, 1, 2))
+    assert torch.equal(again.latents, latents) and again.conditioning is conditioning
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_start(family):
+    policy = make(family)
+    latents, schedule, conditioning = policy.start(PROMPTS, STEPS, generators(0, 1, 2))
+    assert len(latents) == len(conditioning) == len(PROMPTS) and latents.dtype == torch.float32
+    assert schedule.timesteps.shape == (STEPS,)
+    assert abs(latents.mean()) < 0.2 and 0.8 < latents.std() < 1.2
+    if family in ("sd", "sdxl"):
+        assert schedule.sigmas is None
+    else:
+        assert schedule.sigmas.shape == (STEPS + 1,) and schedule.sigmas[-1] == 0
+        assert torch.equal(schedule.sigmas, schedule.sigmas.sort(descending=True).values)
+        torch.testing.assert_close(schedule.timesteps, 1000 * schedule.sigmas[:-1])
+
+
+@pytest.mark.parametrize("family", SIX)
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_evaluations_of_the_denoiser(family, guidance_scale):
+    policy = make(family, guidance_scale)
+    passes = []
+    policy.denoiser.register_forward_hook(lambda module, args, output: passes.append(len(output[0])))
+    latents, step, conditioning, schedule = begin(policy)
+    policy.decode(latents, conditioning)
+    assert passes == [] and policy.evaluations == 0
+    policy.predict(latents, step, conditioning, schedule)
+    policy.predict(latents[:2], step, conditioning[:2], schedule, grad=True)
+    twice = family in TWO_PASSES and guidance_scale > 1
+    assert sum(passes) == 5 * (1 + twice) and len(passes) <= 2 * (1 + twice)
+    assert policy.evaluations == 5
+
+
+class Wrapped(torch.nn.Module):
+    """Stands for DistributedDataParallel: its forward has to run, and it has no `config` or `dtype`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_forward_evaluates_the_denoiser_in_training(family):
+    policy = make(family)
+    arguments = begin(policy)
+    expected = policy.predict(*arguments)
+    policy.forward = Wrapped(policy.denoiser)
+    assert torch.equal(policy.predict(*arguments), expected) and policy.forward.calls == 0
+    assert torch.equal(policy.predict(*arguments, grad=True), expected)
+    assert policy.forward.calls == (2 if family in ("qwen", "wan") else 1)
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_the_pipeline_is_not_modified(family):
+    policy = make(family)
+    pipe = policy.pipe
+    pipe.set_progress_bar_config(desc="sampling", disable=True)
+
+    def state():
+        return {
+            **{name: id(module) for name, module in pipe.components.items()},
+            "attributes": {name: repr(value) for name, value in vars(pipe).items()},
+            "scheduler's attributes": {name: repr(value) for name, value in vars(pipe.scheduler).items()},
+            "training": [policy.denoiser.training, policy.denoiser.dtype],
+            "configs": [dict(pipe.config), dict(pipe.scheduler.config), dict(policy.denoiser.config)],
+        }
+
+    before = state()
+    sample(policy)
+    policy.predict(*begin(policy), grad=True)
+    assert state() == before
+
+    first = call(policy)
+    sample(policy)
+    assert np.array_equal(call(policy), first)
+
+
+@pytest.mark.parametrize("family", [*TWO_PASSES, "flux_true_cfg"])
+def test_negative_prompt_and_guidance_scale_change_the_prediction(family):
+    outputs = [
+        policy.predict(*begin(policy))
+        for policy in (
+            make(family),
+            make(family, negative_prompt="blurry photo"),
+            make(family, guidance_scale=2.0, negative_prompt="blurry photo"),
+        )
+    ]
+    for i, other in ((0, 1), (1, 2)):
+        assert (outputs[i] - outputs[other]).abs().max() > 0.01
+
+
+def test_guidance_scale_is_the_pipelines_default_if_not_set():
+    default, seven = make("sd3", guidance_scale=None), make("sd3", guidance_scale=7.0)
+    assert torch.equal(default.predict(*begin(default)), seven.predict(*begin(seven)))
+
+
+def test_arguments_of_the_call_reach_the_embedding_and_the_call():
+    short, long = (make("flux", height=16, max_sequence_length=length) for length in (8, 16))
+    latents, _, conditioning = short.start(PROMPTS, STEPS, generators(0, 1, 2))
+    assert conditioning.arguments["prompt_embeds"].shape[1] == 8
+    assert long.encode(PROMPTS).arguments["prompt_embeds"].shape[1] == 16
+    assert latents.shape == (3, 16, 16)  # 4 x 4 packed latents, so 16 x 16 pixels
+    assert short.decode(latents, conditioning)[0].size == (16, 16)
+    skipping = make("sdxl", clip_skip=1)
+    assert np.array_equal(sample(skipping), call(skipping))
+    assert not np.array_equal(sample(skipping), sample(make("sdxl")))
+
+
+def test_a_bfloat16_pipeline_gives_float32():
+    policy = make("sd3")
+    policy.pipe.to(torch.bfloat16)
+    latents, step, conditioning, schedule = begin(policy)
+    assert latents.dtype == policy.predict(latents, step, conditioning, schedule, grad=True).dtype == torch.float32
+    assert len(policy.decode(latents, conditioning)) == len(PROMPTS)
+
+
+def test_unknown_pipeline_class():
+    pipe = DDPMPipeline(unet=None, scheduler=None)
+    with pytest.raises(ValueError, match=r"`DDPMPipeline`(.|\n)*StableDiffusion3Pipeline(.|\n)*PIPELINE_FAMILIES"):
+        PipelinePolicy(pipe)
+
+
+def aura_flow():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return pipelines.build(
+            AuraFlowPipeline,
+            transformer=AuraFlowTransformer2DModel(
+                sample_size=8,
+                in_channels=4,
+                out_channels=4,
+                num_mmdit_layers=1,
+                num_single_dit_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                caption_projection_dim=16,
+                pos_embed_max_size=256,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+            vae=pipelines.vae(),
+            text_encoder=pipelines.t5_text_encoder(UMT5Config, UMT5EncoderModel),
+            tokenizer=pipelines.t5_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_one_entry_adds_a_pipeline_class(monkeypatch, guidance_scale):
+    pipe = aura_flow()
+    with pytest.raises(ValueError, match="AuraFlowPipeline"):
+        PipelinePolicy(pipe)
+    outputs = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
+    monkeypatch.setitem(PIPELINE_FAMILIES, "AuraFlowPipeline", PipelineFamily(outputs))
+    policy = PipelinePolicy(pipe, guidance_scale=guidance_scale, **SIZE, max_sequence_length=16)
+    assert np.array_equal(sample(policy), call(policy))
+    assert policy.predict(*begin(policy), grad=True).requires_grad
+
+
+def test_a_subclass_of_a_known_pipeline_works():
+    class MyPipeline(pipelines.StableDiffusion3Pipeline):
+        pass
+
+    policy = make("sd3")
+    mine = PipelinePolicy(MyPipeline(**policy.pipe.components), **policy.call_kwargs)
+    assert np.array_equal(sample(mine), sample(policy))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("widht", "unknown to the pipeline"),
+        ("latents", "set by the policy"),
+        ("prompt", "set by the policy"),
+        ("prompt_embeds", "set by the policy"),
+        ("negative_prompt_2", "set by the policy"),
+        ("num_inference_steps", "set by the policy"),
+        ("output_type", "set by the policy"),
+    ],
+)
+def test_arguments_that_cannot_be_passed_on(name, reason):
+    with pytest.raises(ValueError, match=rf"`{name}=3`.*{reason}"):
+        PipelinePolicy(pipelines.stable_diffusion_3(), **{name: 3})
+
+
+def test_two_denoisers():
+    pipe = pipelines.wan()
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(ValueError, match="`transformer_2`"):
+        PipelinePolicy(pipe)

@@ -34,7 +34,10 @@ class TPGRPOTrainer(FlowGRPOTrainer):
     """
 
     _name = "TP-GRPO"
-    _paper = {"title": "TurningPoint-GRPO", "id": "2602.06422"}
+    _paper = {
+        "title": "Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO",
+        "id": "2602.06422",
+    }
     _card_arguments = FlowGRPOTrainer._card_arguments + ["credit", "completion_stride"]
 
     args: TPGRPOConfig
