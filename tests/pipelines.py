@@ -66,7 +66,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer().train_new_from_iterator(
-        [[QWEN_TEMPLATE, " ".join(["", *WORDS.split()])] * 2],
+        [[QWEN_TEMPLATE, " " + WORDS, *WORDS.split()] * 2],
         VOCABULARY,
         new_special_tokens=["<|im_start|>", "<|im_end|>"],
         show_progress=False,
