@@ -1,11 +1,29 @@
 """Arguments that all trainers of diffusers pipelines share."""
 
+import inspect
+import json
 import math
+import numbers
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what an annotation such as `list[float] | None` says; whole numbers are floats too."""
+    if get_origin(annotation) is list:
+        return isinstance(value, list | tuple) and all(_fits(entry, get_args(annotation)[0]) for entry in value)
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(annotation))
+    if annotation in (int, float):
+        number = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
 
 
 @dataclass
@@ -18,6 +36,16 @@ class DiffusionConfig(TrainingArguments):
     `per_device_train_batch_size` images at one denoising step.
 
     Args:
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Initial learning rate.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning-rate schedule.
+        logging_steps (`float`, *optional*, defaults to `1`):
+            Number of updates between two logs.
+        bf16 (`bool`, *optional*):
+            Whether to train in bfloat16. If not set, `True` on GPUs that have it, unless `fp16` is set.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Not used: every column reaches the reward functions.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a name.
         pipeline_kwargs (`dict[str, Any]`, *optional*):
@@ -39,7 +67,8 @@ class DiffusionConfig(TrainingArguments):
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of passes over a generation.
         gradient_accumulation_steps (`int`, *optional*):
-            Follows from the arguments above. Set it only to check that it is what you expect.
+            Follows from the arguments above. Set it only to check that it is what you expect. `dataclasses.replace`
+            with other batch sizes needs it as `None`, to compute it anew.
         epsilon (`float`, *optional*, defaults to `1e-5`):
             Clip range of the probability ratio, whose log is a mean over latent elements.
         beta (`float`, *optional*, defaults to `0.0`):
@@ -67,10 +96,9 @@ class DiffusionConfig(TrainingArguments):
             Whether to leave such a grid of training images at every `logging_steps` too.
 
     Raises:
+        TypeError: if an argument has another type than its annotation.
         ValueError: if an argument is out of its range, or the batch sizes do not divide; the message names the numbers.
     """
-
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "pipeline_kwargs"]
 
     # Defaults that differ from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
@@ -140,6 +168,14 @@ class DiffusionConfig(TrainingArguments):
         if not condition:
             raise ValueError(f"`{name}={getattr(self, name)!r}` does not work: {remedy}.")
 
+    def _check_types(self) -> None:
+        for cls in type(self).__mro__:
+            if issubclass(cls, DiffusionConfig):
+                for name, annotation in inspect.get_annotations(cls, eval_str=True).items():
+                    value, expected = getattr(self, name), inspect.formatannotation(annotation)
+                    if not _fits(value, annotation):
+                        raise TypeError(f"`{name}={value!r}` is a {type(value).__name__}: it must be `{expected}`.")
+
     def _validate(self) -> None:
         """Checks what needs no pipeline and no data."""
         positive = ("generation_batch_size", "per_device_train_batch_size", "per_device_rollout_batch_size",
@@ -149,15 +185,24 @@ class DiffusionConfig(TrainingArguments):
             self._check(name, getattr(self, name) >= 1, "it must be at least 1")
         self._check("num_inference_steps", self.num_inference_steps >= 2, "it must be at least 2")
         self._check("epsilon", self.epsilon > 0, "it must be above 0; the paper's value is 1e-5")
-        self._check("beta", self.beta >= 0, "it must not be negative; 0 switches the KL term off")
+        self._check("beta", 0 <= self.beta < math.inf, "it must not be negative; 0 switches the KL term off")
         self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; the paper's value is 5")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "it must be in [0, 1); 0 switches the moving average off")
         for name in ("guidance_scale", "eval_guidance_scale"):
             value = getattr(self, name)
-            self._check(name, value is None or value >= 0, "it must not be negative; 1 means no guidance")
+            self._check(name, value is None or 0 <= value < math.inf, "it must not be negative; 1 means no guidance")
         if self.reward_weights is not None:
             valid = all(math.isfinite(weight) for weight in self.reward_weights) and any(self.reward_weights)
             self._check("reward_weights", valid, "weights must be finite, and at least one must not be 0")
+        for name in ("model_init_kwargs", "pipeline_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                with suppress(json.JSONDecodeError):
+                    setattr(self, name, json.loads(value))
+            remedy = """it must be a dict, or its JSON such as '{"height": 512}'"""
+            self._check(name, isinstance(getattr(self, name), dict | None), remedy)
+        own = {"num_inference_steps", "guidance_scale", "negative_prompt"} & set(self.pipeline_kwargs or {})
+        self._check("pipeline_kwargs", not own, f"move {sorted(own)} out of it, to the arguments of the same name")
 
         size, world_size = self.generation_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
         self._check(
@@ -179,11 +224,13 @@ class DiffusionConfig(TrainingArguments):
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps in (None, accumulation),
             f"the batch sizes make it {accumulation} = {size // unit} micro-batches of images * "
-            f"{self.num_trained_steps} trained steps. Leave it out, or change `updates_per_generation`",
+            f"{self.num_trained_steps} trained steps. Leave it out (in `dataclasses.replace`: set it to `None`), or change "
+            "`updates_per_generation`",
         )
         self.gradient_accumulation_steps = accumulation
 
     def __post_init__(self):
+        self._check_types()
         self._validate()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()

@@ -1,5 +1,6 @@
 """Arguments of [`FlowGRPOTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 
 from .diffusion_config import DiffusionConfig
@@ -15,6 +16,10 @@ class FlowGRPOConfig(DiffusionConfig):
     Only the arguments that differ from [`DiffusionConfig`] are listed.
 
     Args:
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Strength of guidance, in sampling and in training. If `None`, the pipeline's default.
+        beta (`float`, *optional*, defaults to `4e-4`):
+            Weight of the KL divergence to the reference. `0` switches it off.
         noise_level (`float`, *optional*, defaults to `0.7`):
             Noise level a of the stochastic steps: above 0 for `"sde"`, in (0, 1] for `"cps"` (0.8 is usual there).
         sde_type (`str`, *optional*, defaults to `"sde"`):
@@ -63,7 +68,7 @@ class FlowGRPOConfig(DiffusionConfig):
         self._check("sde_type", self.sde_type in ("sde", "cps"), "choose 'sde' or 'cps'")
         self._check(
             "noise_level",
-            self.noise_level > 0 and (self.sde_type == "sde" or self.noise_level <= 1),
+            0 < self.noise_level < math.inf and (self.sde_type == "sde" or self.noise_level <= 1),
             "it must be above 0, and at most 1 for `sde_type='cps'`; usual are 0.7 (sde) and 0.8 (cps)",
         )
         self._check(
