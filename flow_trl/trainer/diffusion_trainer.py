@@ -32,8 +32,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import disable_dropout_in_model
 
 from .. import __version__
@@ -65,7 +65,8 @@ class Generation:
         log_probs (`torch.Tensor` of shape `(n, K)`): as in [`~flow_trl.rollout.Trajectory`].
         advantages (`torch.Tensor` of shape `(n, K)`): advantage of each step.
         weights (`torch.Tensor` of shape `(n,)`): weight of each image in its update's loss, 0 if it is skipped.
-        order (`torch.Tensor` of shape `(U, n / U)`): images of each update; skipped ones come first.
+        order (`torch.Tensor` of shape `(U, n / U)`): images of each update; skipped ones (of groups in which every
+            advantage is 0) come first.
         skipped (`torch.Tensor` of shape `(U,)`): leading images of each update that no process needs to evaluate.
         timesteps, sigmas (`torch.Tensor`): the schedule.
         first_step (`torch.Tensor` of shape `()`): index of the first trained step.
@@ -188,6 +189,7 @@ class DiffusionTrainer(Trainer):
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
         adapted = bool(getattr(denoiser, "peft_config", None))
+        set_seed(args.seed)  # the adapter's weights are drawn before `Trainer` does this
         if peft_config is not None:
             if adapted:
                 raise ValueError(
@@ -232,6 +234,7 @@ class DiffusionTrainer(Trainer):
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
         self._resumed_from: str | None = None
+        self._save_samples_next: tuple[list, str] | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
 
@@ -381,7 +384,8 @@ class DiffusionTrainer(Trainer):
 
         # An update's images are the same whatever the number of processes
         size, updates = len(rows), args.updates_per_generation
-        active = advantages.abs().sum(dim=1) > 0
+        groups = advantages.view(-1, args.num_generations * advantages.shape[1])
+        active = (groups != 0).any(dim=1).repeat_interleave(args.num_generations)
         update_of = torch.arange(len(advantages)) % updates
         weights = torch.zeros(len(advantages))
         order, skipped = [], []
@@ -414,7 +418,7 @@ class DiffusionTrainer(Trainer):
             {
                 "reward": rewards[:, -1].mean().item(),
                 "reward_std": groups.std(dim=1).mean().item(),
-                "frac_reward_zero_std": 1 - active.view(-1, args.num_generations).any(dim=1).float().mean().item(),
+                "frac_reward_zero_std": 1 - active.float().mean().item(),
                 "nfe": (self.policy.evaluations - evaluations) / size,
                 "reward_calls": len(trajectory.finals),
                 "time/rollout": rollout_seconds,
@@ -646,24 +650,24 @@ class DiffusionTrainer(Trainer):
                 layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter)
                 metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
                 self.pipe.save_lora_weights(output_dir, **{f"{name}_lora_layers": layers}, **metadata)
-            elif output_dir == self.args.output_dir:
-                self.pipe.save_pretrained(output_dir)
-            else:
+            elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
                 denoiser.save_pretrained(os.path.join(output_dir, name), state_dict=state_dict)
+            else:
+                self.pipe.save_pretrained(output_dir)
         if output_dir == self.args.output_dir:
             self.create_model_card()
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, ".saving") if self._saving_checkpoint else folder
+        return os.path.join(folder, "_saving") if self._saving_checkpoint else folder
 
     _saving_checkpoint = False
 
     def _save_checkpoint(self, model, trial) -> None:
         # Written aside and then renamed: whenever the process is killed, every checkpoint-* folder is whole.
         folder = self._get_output_dir(trial)
-        aside = os.path.join(folder, ".saving")
-        name = f"checkpoint-{self.state.global_step}"
+        aside = os.path.join(folder, "_saving")  # a name that is not pushed to the Hub
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -675,9 +679,9 @@ class DiffusionTrainer(Trainer):
         target = os.path.join(aside, name)
         if self.state.global_step % self._updates_per_generation and not self.args.save_only_model:
             self._generation.save(os.path.join(target, f"generation_{self.accelerator.process_index}.safetensors"))
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = os.path.join(folder, name)
         if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = os.path.join(folder, name)
             self.state.save_to_json(os.path.join(target, "trainer_state.json"))
             if not self.is_fsdp_enabled:
                 weights = {name: weight.detach().contiguous().cpu() for name, weight in self._trained.items()}
@@ -697,6 +701,13 @@ class DiffusionTrainer(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.save_model(_internal_call=True)
+            self._push_from_checkpoint(os.path.join(folder, name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving_checkpoint:  # else `_save_checkpoint` does it when the folder has its name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._resumed_from = resume_from_checkpoint
