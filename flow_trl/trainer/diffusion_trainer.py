@@ -124,6 +124,7 @@ class DiffusionTrainer(Trainer):
 
     _name: str
     _paper: dict[str, str]
+    _config_class: type[DiffusionConfig] = DiffusionConfig
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -137,6 +138,8 @@ class DiffusionTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a {self._config_class.__name__}, not {type(args).__name__} ({args!r}).")
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not reward_funcs:
             raise ValueError("`reward_funcs=[]` is empty: pass at least one reward function or name.")
@@ -168,6 +171,13 @@ class DiffusionTrainer(Trainer):
             )
         self._generations_per_epoch = len(train_dataset) // prompts_per_generation if train_dataset is not None else 0
 
+        if not isinstance(model, str | DiffusionPipeline):
+            raise TypeError(
+                f"`model` is a {type(model).__name__}: pass a Hub id, a folder or a diffusers pipeline (the whole "
+                "pipeline, not its denoiser)."
+            )
+        if not isinstance(peft_config, LoraConfig | None):
+            raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         self.model_name = model if isinstance(model, str) else model.name_or_path or type(model).__name__
         if isinstance(model, str):
             model = DiffusionPipeline.from_pretrained(
@@ -175,8 +185,6 @@ class DiffusionTrainer(Trainer):
                 **{"torch_dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32}
                 | (args.model_init_kwargs or {}),
             )
-        elif not isinstance(model, DiffusionPipeline):
-            raise TypeError(f"`model` must be a name, a folder or a diffusers pipeline, not {type(model).__name__}.")
         self._check_pipeline(model)
         self.pipe = model
         options = {"negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
@@ -220,6 +228,14 @@ class DiffusionTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        processes = self.accelerator.num_processes
+        images = args.per_device_train_batch_size * processes * args.updates_per_generation
+        if args.gradient_accumulation_steps * images != args.generation_batch_size * args.num_trained_steps:
+            raise ValueError(
+                f"`args.gradient_accumulation_steps={args.gradient_accumulation_steps}` does not fit {processes} processes "
+                f"and `args.generation_batch_size={args.generation_batch_size}`: make `args` in the process that trains, "
+                "and do not change its batch sizes afterwards."
+            )
         for component in model.components.values():
             if isinstance(component, torch.nn.Module) and component is not denoiser:
                 component.to(self.accelerator.device)
@@ -298,23 +314,43 @@ class DiffusionTrainer(Trainer):
         columns = {name: values for name, values in examples.items() if name != "prompt"}
         scores = torch.full((len(images), len(self.reward_funcs)), float("nan"))
         asked = [f for f in range(len(self.reward_funcs)) if not trained_only or self.reward_weights[f] != 0]
-        results = [self.reward_funcs[f](prompts=prompts, images=images, **columns) for f in asked]
+
+        @contextmanager
+        def named(f):
+            try:
+                yield
+            except Exception as error:
+                error.add_note(
+                    f"Raised by the reward function `{self.reward_names[f]}` for {len(images)} images, the first of them "
+                    f"with the prompt {prompts[0]!r}."
+                )
+                raise
+
+        async def finish(f, pending):
+            with named(f):
+                return await pending
 
         async def gather(pending):
-            return await asyncio.gather(*pending)
+            return await asyncio.gather(*(finish(f, result) for f, result in pending.items()))
 
-        pending = [result for result in results if inspect.isawaitable(result)]
+        results = {}
+        for f in asked:
+            with named(f):
+                results[f] = self.reward_funcs[f](prompts=prompts, images=images, **columns)
+        pending = {f: result for f, result in results.items() if inspect.isawaitable(result)}
         if pending:  # in a thread of its own, since notebooks have a running loop
             with ThreadPoolExecutor(1) as executor:
-                finished = iter(executor.submit(asyncio.run, gather(pending)).result())
-            results = [next(finished) if inspect.isawaitable(result) else result for result in results]
-        for f, result in zip(asked, results, strict=True):
+                finished = executor.submit(asyncio.run, gather(pending)).result()
+            results |= zip(pending, finished, strict=True)
+        for f, result in results.items():
             scores[:, f] = torch.tensor(self._checked_scores(self.reward_names[f], result, prompts))
         return scores
 
     @staticmethod
     def _checked_scores(name: str, result: Any, prompts: list[str]) -> list[float]:
         try:
+            if isinstance(result, str | dict):
+                raise TypeError
             result = list(result)
         except TypeError:
             raise TypeError(
@@ -816,8 +852,7 @@ class DiffusionTrainer(Trainer):
         "eval_num_inference_steps", "eval_guidance_scale", "seed",
     ]  # fmt: skip
 
-    @staticmethod
-    def _check_dataset(name: str, dataset: Any) -> None:
+    def _check_dataset(self, name: str, dataset: Any) -> None:
         if not isinstance(dataset, datasets.Dataset):
             raise TypeError(
                 f"`{name}` must be a `datasets.Dataset`, not {type(dataset).__name__}: "
@@ -830,10 +865,23 @@ class DiffusionTrainer(Trainer):
                 f"`{name}` has the columns {dataset.column_names} and no column `prompt`: rename one with "
                 "`dataset.rename_column(..., 'prompt')`."
             )
-        if not isinstance(dataset[0]["prompt"], str):
-            raise TypeError(f"`{name}[0]['prompt']` is {dataset[0]['prompt']!r}: prompts must be strings.")
+        for index, prompt in enumerate(dataset["prompt"][:]):
+            if not isinstance(prompt, str):
+                raise TypeError(f"`{name}[{index}]['prompt']` is {prompt!r}: prompts must be strings.")
         for reserved in ("prompts", "images"):
             if reserved in dataset.column_names:
                 raise ValueError(
                     f"`{name}` has a column `{reserved}`, which reward functions get under that name already: rename it."
                 )
+        columns = [column for column in dataset.column_names if column != "prompt"]
+        for function, reward_func in zip(self.reward_names, self.reward_funcs, strict=True):
+            try:
+                inspect.signature(reward_func).bind(**dict.fromkeys(["prompts", "images", *columns]))
+            except ValueError:  # a callable that does not tell its signature
+                continue
+            except TypeError as error:
+                raise TypeError(
+                    f"The reward function `{function}` cannot be called for `{name}`: {error}. It is called by keyword "
+                    f"with `prompts`, `images` and the other columns {columns}; it can take those that it does not need "
+                    "as `**columns`."
+                ) from error

@@ -45,6 +45,7 @@ class FlowGRPOTrainer(DiffusionTrainer):
         "scale_rewards",
     ]
 
+    _config_class = FlowGRPOConfig
     args: FlowGRPOConfig
 
     def _check_pipeline(self, pipe: DiffusionPipeline) -> None:

@@ -40,6 +40,7 @@ class TPGRPOTrainer(FlowGRPOTrainer):
     }
     _card_arguments = FlowGRPOTrainer._card_arguments + ["credit", "completion_stride"]
 
+    _config_class = TPGRPOConfig
     args: TPGRPOConfig
 
     @property
