@@ -279,6 +279,35 @@ def test_the_pipeline_is_not_modified(family):
     assert np.array_equal(call(policy), first)
 
 
+def test_no_progress_bar_of_single_steps(capsys):
+    policy = make("sd3")
+    policy.pipe.set_progress_bar_config(disable=False)
+    sample(policy)
+    assert "it/s" not in capsys.readouterr().err
+    call(policy)
+    assert "it/s" in capsys.readouterr().err
+
+
+def test_the_pipeline_finds_the_sigma_of_the_step(monkeypatch):
+    policy, sigmas = make("wan"), []
+    cache_context = policy.denoiser.cache_context
+
+    def spy(*args, sigma, **kwargs):
+        sigmas.append(sigma)
+        return cache_context(*args, sigma=sigma, **kwargs)
+
+    monkeypatch.setattr(policy.denoiser, "cache_context", spy)
+    latents, step, conditioning, schedule = begin(policy)
+    sigmas.clear()
+    policy.predict(latents, step, conditioning, schedule)
+    assert sigmas == [schedule.sigmas[step].item()] * 2
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_a_negative_prompt_is_embedded_only_if_the_pipeline_needs_it(family):
+    assert not any(name.startswith("negative_") for name in make(family, 1.0).encode(PROMPTS).arguments)
+
+
 @pytest.mark.parametrize("family", [*TWO_PASSES, "flux_true_cfg"])
 def test_negative_prompt_and_guidance_scale_change_the_prediction(family):
     outputs = [
