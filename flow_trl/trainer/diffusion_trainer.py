@@ -207,6 +207,7 @@ class DiffusionTrainer(Trainer):
             try:
                 denoiser.add_adapter(peft_config)
             except ValueError as error:
+                denoiser._hf_peft_config_loaded = False  # or diffusers refuses a corrected one on this pipeline
                 raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
         elif adapted:
             denoiser.set_adapter(denoiser.active_adapters())
