@@ -1,0 +1,236 @@
+"""The configs: what they accept from Python, the command line and YAML, what they derive, and their documentation."""
+
+import dataclasses
+import inspect
+import json
+import pickle
+import re
+
+import pytest
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from flow_trl import FlowGRPOConfig, TPGRPOConfig
+from flow_trl.trainer.diffusion_config import DiffusionConfig
+
+
+CONFIGS = [DiffusionConfig, FlowGRPOConfig, TPGRPOConfig]
+PUBLIC = [FlowGRPOConfig, TPGRPOConfig]
+
+# For each field what is written on the command line, and what it means; all differ from the defaults.
+COMMAND_LINE = {
+    "learning_rate": ("1e-4", 1e-4),
+    "lr_scheduler_type": ("cosine", "cosine"),
+    "logging_steps": ("5", 5.0),
+    "gradient_accumulation_steps": ("6", 6),  # 12 images / (2 per micro-batch * 3 updates) * 3 steps
+    "bf16": ("True", True),
+    "remove_unused_columns": ("True", True),
+    "model_init_kwargs": ('{"variant": "fp16"}', {"variant": "fp16"}),
+    "pipeline_kwargs": (
+        '{"height": 512, "width": 256, "flag": false, "text": "7"}',
+        {"height": 512, "width": 256, "flag": False, "text": "7"},
+    ),
+    "negative_prompt": ("blurry, dark", "blurry, dark"),
+    "num_inference_steps": ("8", 8),
+    "guidance_scale": ("2", 2.0),
+    "num_generations": ("6", 6),
+    "generation_batch_size": ("12", 12),
+    "per_device_rollout_batch_size": ("3", 3),
+    "updates_per_generation": ("3", 3),
+    "num_iterations": ("2", 2),
+    "shuffle_dataset": ("false", False),
+    "epsilon": ("1e-4", 1e-4),
+    "beta": ("0.01", 0.01),
+    "adv_clip_max": ("3", 3.0),
+    "reward_weights": ("1 -0.5", [1.0, -0.5]),
+    "ema_decay": ("0", 0.0),
+    "ema_update_steps": ("2", 2),
+    "eval_num_inference_steps": ("20", 20),
+    "eval_guidance_scale": ("1", 1.0),
+    "num_images_to_save": ("0", 0),
+    "log_completions": ("True", True),
+    "noise_level": ("0.8", 0.8),
+    "sde_type": ("cps", "cps"),
+    "sde_window_size": ("3", 3),
+    "sde_window_range": ("1 5", [1, 5]),
+    "scale_rewards": ("none", "none"),
+    "credit": ("turning_point", "turning_point"),
+    "completion_stride": ("2", 2),
+}
+
+
+def declared(config_class: type) -> list[str]:
+    """The fields that a class declares or declares anew."""
+    return list(inspect.get_annotations(config_class))
+
+
+def fields_of(config_class: type) -> list[str]:
+    return list(dict.fromkeys(name for cls in CONFIGS if issubclass(config_class, cls) for name in declared(cls)))
+
+
+def documented(config_class: type) -> dict[str, str | None]:
+    """Name and default of each argument in the docstring."""
+    arguments = inspect.getdoc(config_class).split("Args:\n")[1].split("\nRaises:")[0]
+    entries = re.findall(r"^    (\w+) \(`[^)]*`, \*optional\*(?:, defaults to `(.+?)`)?\):\n +\S", arguments, re.M)
+    return {name: default or None for name, default in entries}
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_field_has_help_and_is_documented_with_its_default(config_class):
+    documentation = documented(config_class)
+    assert list(documentation) and set(documentation) == set(declared(config_class))
+    for name in documentation:
+        field = config_class.__dataclass_fields__[name]
+        assert len(field.metadata.get("help", "")) > 10, name
+        stated = documentation[name] and documentation[name].strip('"')
+        assert stated == str(field.default) or float(stated) == field.default if stated else field.default is None, (
+            name
+        )
+
+
+def test_defaults_are_the_papers():
+    for config in (FlowGRPOConfig("out"), TPGRPOConfig("out")):
+        assert (config.num_inference_steps, config.eval_num_inference_steps) == (10, 40)
+        assert (config.guidance_scale, config.eval_guidance_scale, config.noise_level) == (4.5, None, 0.7)
+        assert (config.num_generations, config.generation_batch_size) == (24, 48 * 24)
+        assert (config.updates_per_generation, config.num_iterations) == (2, 1)
+        assert (config.epsilon, config.adv_clip_max, config.ema_decay, config.ema_update_steps) == (1e-5, 5.0, 0.9, 8)
+        assert (config.sde_type, config.sde_window_size, config.scale_rewards) == ("sde", None, "group")
+        assert config.num_trained_steps == 9
+        assert config.gradient_accumulation_steps == 1152 // (8 * 2) * 9
+    assert (config.credit, config.completion_stride) == ("consistent", 1)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize("config_class", PUBLIC)
+class TestCommandLine:
+    def parse(self, parser_class, config_class, *arguments):
+        (config,) = parser_class(config_class).parse_args_into_dataclasses(["--output_dir", "out", *arguments])
+        return config
+
+    def test_every_field(self, parser_class, config_class):
+        names = fields_of(config_class)
+        arguments = [part for name in names for part in (f"--{name}", *self.words(name))]
+        config = self.parse(parser_class, config_class, "--per_device_train_batch_size", "2", "--use_cpu", *arguments)
+        default = config_class("out")
+        for name in names:
+            value = getattr(config, name)
+            assert value == COMMAND_LINE[name][1] and type(value) is not str or isinstance(value, str), name
+            assert value != getattr(default, name), name
+
+    @staticmethod
+    def words(name):
+        text, value = COMMAND_LINE[name]
+        return text.split() if isinstance(value, list) else [text]
+
+    def test_nothing_given(self, parser_class, config_class):
+        config, default = self.parse(parser_class, config_class), config_class("out")
+        assert all(getattr(config, name) == getattr(default, name) for name in fields_of(config_class))
+
+    def test_help(self, parser_class, config_class, capsys):
+        with pytest.raises(SystemExit) as info:
+            parser_class(config_class).parse_args_into_dataclasses(["--help"])
+        text = capsys.readouterr().out
+        assert info.value.code == 0
+        assert all(f"--{name} " in text for name in fields_of(config_class))
+
+    def test_unknown_choice(self, parser_class, config_class, capsys):
+        with pytest.raises(SystemExit):
+            self.parse(parser_class, config_class, "--sde_type", "ode")
+        assert "choose from" in capsys.readouterr().err
+
+
+def test_the_command_line_table_is_complete():
+    assert set(COMMAND_LINE) == set(fields_of(TPGRPOConfig))
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        """
+        output_dir: out
+        learning_rate: 1e-4  # YAML calls this a string
+        guidance_scale: null
+        num_generations: 8
+        generation_batch_size: 32
+        noise_level: 1
+        sde_window_size: 2
+        sde_window_range: [1, 4]
+        reward_weights: [1, 0.5]
+        pipeline_kwargs: {height: 512, width: 512}
+        model_init_kwargs: '{"variant": "fp16"}'
+        credit: incremental
+        """
+    )
+    arguments = ["--config", str(path), "--num_generations", "4"]
+    (config,) = TrlParser(TPGRPOConfig).parse_args_and_config(arguments)
+    assert (config.learning_rate, config.guidance_scale, config.noise_level) == (1e-4, None, 1)
+    assert (config.sde_window_size, config.sde_window_range, config.reward_weights) == (2, [1, 4], [1, 0.5])
+    assert config.pipeline_kwargs == {"height": 512, "width": 512}
+    assert config.model_init_kwargs == {"variant": "fp16"}
+    assert config.credit == "incremental"
+    assert config.num_generations == 4  # the command line comes first
+    assert config.gradient_accumulation_steps == 32 // (8 * 2) * 2
+
+
+@pytest.mark.parametrize(
+    "arguments, accumulation",
+    [
+        ({}, 72 * 9),
+        ({"num_inference_steps": 6}, 72 * 5),
+        ({"sde_window_size": 2}, 72 * 2),
+        ({"per_device_train_batch_size": 4}, 144 * 9),
+        ({"updates_per_generation": 1}, 144 * 9),
+        ({"generation_batch_size": 576}, 36 * 9),
+        ({"num_iterations": 3}, 72 * 9),
+        ({"gradient_accumulation_steps": 648}, 72 * 9),
+    ],
+)
+def test_accumulation_follows_from_the_batch_sizes(arguments, accumulation):
+    assert TPGRPOConfig("out", **arguments).gradient_accumulation_steps == accumulation
+
+
+def test_accumulation_on_two_processes(monkeypatch):
+    config = TPGRPOConfig("out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config.gradient_accumulation_steps = None
+    config._validate()
+    assert config.gradient_accumulation_steps == 36 * 9
+    config.generation_batch_size = 24  # one update of 16 for two processes, and a half
+    with pytest.raises(ValueError, match=r"`generation_batch_size=24`.* multiple of 32 .* 2 processes"):
+        config._validate()
+
+
+def test_json():
+    config = TPGRPOConfig("out", pipeline_kwargs={"height": 512}, sde_window_size=2, sde_window_range=[1, 4])
+    loaded = json.loads(config.to_json_string())
+    assert loaded == json.loads(json.dumps(config.to_dict()))
+    assert loaded["pipeline_kwargs"] == {"height": 512} and loaded["sde_window_range"] == [1, 4]
+    assert all(loaded[name] == getattr(config, name) for name in fields_of(TPGRPOConfig))
+
+
+@pytest.mark.parametrize("config_class", PUBLIC)
+def test_copies(config_class):
+    config = config_class("out", noise_level=0.5, pipeline_kwargs={"height": 512})
+    assert pickle.loads(pickle.dumps(config)) == config
+    again = dataclasses.replace(config)
+    changed = dataclasses.replace(config, noise_level=0.9, seed=7)
+    assert all(getattr(again, name) == getattr(config, name) for name in fields_of(config_class))
+    assert (changed.noise_level, changed.seed, changed.pipeline_kwargs) == (0.9, 7, {"height": 512})
+
+
+def test_a_copy_with_other_batch_sizes_says_what_to_do():
+    config = TPGRPOConfig("out")
+    with pytest.raises(ValueError, match=r"`gradient_accumulation_steps=648`.*324.*`dataclasses.replace`.*`None`"):
+        dataclasses.replace(config, generation_batch_size=576)
+    changed = dataclasses.replace(config, generation_batch_size=576, gradient_accumulation_steps=None)
+    assert changed.gradient_accumulation_steps == 324
+
+
+def test_a_subclass_may_have_fields_of_any_type():
+    @dataclasses.dataclass
+    class Custom(TPGRPOConfig):
+        table: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+        pair: "tuple[int, int] | None" = None
+
+    assert Custom("out", table={"a": [1]}, pair=(1, 2)).pair == (1, 2)
