@@ -370,11 +370,10 @@ def trainer(output_dir, trainer_class=TPGRPOTrainer, **arguments):
         "args": lambda: config(output_dir),
         "train_dataset": dataset,
     }
-    called = ("model", "args", "train_dataset", "eval_dataset")
-    arguments = {
-        name: value() if name in called and callable(value) else value
-        for name, value in (defaults | arguments).items()
-    }
+    arguments = defaults | arguments
+    for name in ("model", "args", "train_dataset", "eval_dataset"):
+        if inspect.isfunction(arguments.get(name)):
+            arguments[name] = arguments[name]()
     return trainer_class(**arguments)
 
 
