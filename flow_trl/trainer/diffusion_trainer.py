@@ -513,6 +513,8 @@ class DiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs["skip"]:
+            names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/max_deviation"]
+            self._record(dict.fromkeys(names + ["kl"] * bool(self.args.beta), 0.0))
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         args, generation, images, k = self.args, self._generation, inputs["images"].cpu(), inputs["step"]
         step = int(generation.first_step) + k
@@ -535,19 +537,20 @@ class DiffusionTrainer(Trainer):
         clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
         loss = torch.maximum(-advantages * ratio, -advantages * clipped)
 
+        # Weighted, the means over micro-batches and processes are those over the images that are not skipped
         ratio = ratio.detach()
-        low = ((ratio < 1 - args.epsilon) & (advantages < 0)).float().mean().item()
-        high = ((ratio > 1 + args.epsilon) & (advantages > 0)).float().mean().item()
+        low = (weights * ((ratio < 1 - args.epsilon) & (advantages < 0))).mean().item()
+        high = (weights * ((ratio > 1 + args.epsilon) & (advantages > 0))).mean().item()
         self._record(
             {
                 "clip_ratio/low_mean": low,
                 "clip_ratio/high_mean": high,
                 "clip_ratio/region_mean": low + high,
-                "ratio/max_deviation": (ratio - 1).abs().max().item(),
+                "ratio/max_deviation": ((weights > 0) * (ratio - 1).abs()).max().item(),
             }
         )
         if args.beta:
-            self._record({"kl": kl.mean().item()})
+            self._record({"kl": (weights * kl).mean().item()})
         return (weights * (loss + args.beta * kl)).mean()
 
     def _make_reference_policy(self, options: dict[str, Any]) -> PipelinePolicy | None:

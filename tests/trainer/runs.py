@@ -1,0 +1,169 @@
+"""Tiny training runs. As a script, `accelerate launch runs.py spec.json` does the runs of a list one after another."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer
+from tests import pipelines
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+COLORS, SHAPES = ["red", "green", "blue", "black"], ["circle", "square"]
+PROMPTS = [f"a {color} {shape}" for shape in SHAPES for color in COLORS]
+
+
+def prompts(count=8, easy=()):
+    """Rows with the prompt, its number, and whether every image of it gets the same reward from `brightness`."""
+    return datasets.Dataset.from_list(
+        [{"prompt": PROMPTS[i], "number": i, "easy": i in easy} for i in range(count)],
+    )
+
+
+def gray(image):
+    """Coarse, so that a pixel that is rounded the other way changes nothing."""
+    return round(200 * np.asarray(image.convert("L")).mean() / 255) / 200
+
+
+def brightness(prompts, images, easy, **columns):
+    return [0.5 if is_easy else gray(image) for image, is_easy in zip(images, easy, strict=True)]
+
+
+class Watch(TrainerCallback):
+    """Keeps every update's gradient."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+
+
+def make_config(output_dir, method="tp", **kwargs):
+    arguments = {
+        "num_inference_steps": 3,
+        "num_generations": 4,
+        "generation_batch_size": 16,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "pipeline_kwargs": {"max_sequence_length": 16},
+        "guidance_scale": 2.0,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "beta": 0.0,
+        "ema_update_steps": 1,
+        "eval_num_inference_steps": 2,
+        "num_images_to_save": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    config = {"tp": TPGRPOConfig, "flow": FlowGRPOConfig}[method]
+    return config(str(output_dir), **(arguments | kwargs))
+
+
+def make_trainer(
+    output_dir, method="tp", reward_funcs=brightness, pipe=None, full=False, train=None, evaluation=None,
+    callbacks=(), lora_alpha=8, optimizers=(None, None), **config
+):  # fmt: skip
+    """A trainer of a small random pipeline; `trainer.watch` keeps the gradients."""
+    peft_config = LoraConfig(r=4, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS)
+    watch = Watch()
+    trainer = {"tp": TPGRPOTrainer, "flow": FlowGRPOTrainer}[method](
+        pipelines.stable_diffusion_3(t5=False) if pipe is None else pipe,
+        reward_funcs,
+        make_config(output_dir, method, **config),
+        train_dataset=prompts() if train is None else train,
+        eval_dataset=evaluation,
+        callbacks=[watch, *callbacks],
+        optimizers=optimizers,
+        peft_config=None if full else peft_config,
+    )
+    trainer.watch = watch
+    return trainer
+
+
+def weights(trainer):
+    return torch.cat([trainer._trained[name].detach().flatten() for name in sorted(trainer._trained)])
+
+
+def averages(trainer):
+    shadows = dict(zip(trainer.ema.parameters, trainer.ema.average.shadow_params, strict=True))
+    return torch.cat([shadows[name].flatten() for name in sorted(shadows)])
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@dataclasses.dataclass
+class Recorder:
+    """The reward `brightness`, which keeps what it saw."""
+
+    images: list = dataclasses.field(default_factory=list)
+    rewards: list = dataclasses.field(default_factory=list)
+    prompts: list = dataclasses.field(default_factory=list)
+    __name__ = "brightness"
+
+    def __call__(self, prompts, images, **columns):
+        rewards = brightness(prompts, images, **columns)
+        self.images.append(np.stack([np.asarray(image) for image in images]))
+        self.rewards.append(np.array(rewards))
+        self.prompts.append(prompts)
+        return rewards
+
+
+def run(spec):
+    """Trains, and returns everything that should not depend on the number of processes."""
+    spec = dict(spec)
+    resume, easy = spec.pop("resume", None), spec.pop("easy", ())
+    recorder = Recorder()
+    trainer = make_trainer(
+        reward_funcs=recorder,
+        train=prompts(easy=easy),
+        evaluation=prompts(3) if spec.pop("evaluate", False) else None,
+        **spec,
+    )
+    evaluated, start = [], weights(trainer)
+    compute_loss = trainer.compute_loss
+
+    def count(model, inputs, **kwargs):
+        evaluated.append(not inputs["skip"])
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = count
+    trainer.train(resume_from_checkpoint=resume)
+    history = [
+        {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
+        for entry in trainer.state.log_history
+    ]
+    return {
+        "images": recorder.images,
+        "rewards": recorder.rewards,
+        "gradients": trainer.watch.gradients,
+        "change": weights(trainer) - start,
+        "weights": weights(trainer),
+        "averages": averages(trainer) if trainer.ema else None,
+        "history": history,
+        "evaluated": evaluated,
+        "best": trainer.state.best_model_checkpoint,
+    }
+
+
+if __name__ == "__main__":
+    from accelerate import PartialState
+
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    results = [run(spec) for spec in json.loads(path.read_text())]
+    torch.save(results, path.with_name(f"results-{PartialState().process_index}.pt"))
