@@ -1,0 +1,325 @@
+"""GenEval-style reward: do the objects found in an image match a scene's metadata?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass
+class Detection:
+    """
+    One object found in an image.
+
+    Args:
+        label (`str`):
+            Class name, for example `"circle"` or `"wine glass"`.
+        color (`str` or `None`):
+            Colour name, `None` if the detector does not tell colours.
+        box (`tuple[float, float, float, float]`):
+            Left, top, right and bottom edge in pixels.
+        score (`float`, *optional*, defaults to `1.0`):
+            Confidence in [0, 1].
+
+    Example:
+
+    ```python
+    >>> Detection("circle", "red", (3.0, 4.0, 13.0, 14.0), 0.9)
+    Detection(label='circle', color='red', box=(3.0, 4.0, 13.0, 14.0), score=0.9)
+    ```
+    """
+
+    label: str
+    color: str | None
+    box: tuple[float, float, float, float]
+    score: float = 1.0
+
+
+Detector = Callable[[list[Image.Image]], list[list[Detection]]]
+
+GENEVAL_COLORS = {
+    "red": (220, 30, 30),
+    "orange": (250, 140, 20),
+    "yellow": (245, 220, 40),
+    "green": (40, 150, 50),
+    "blue": (40, 80, 210),
+    "purple": (130, 50, 170),
+    "pink": (250, 150, 190),
+    "brown": (120, 75, 40),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+}
+# GenEval's names of COCO classes that detectors name otherwise.
+GENEVAL_CLASSES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+
+
+def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
+    """
+    Names where a box lies relative to another, by GenEval's rule (https://huggingface.co/papers/2310.11513).
+
+    The offset between the centres is shrunk along each axis by a tenth of the two extents; a direction holds if what
+    remains along it is over half of the whole offset. Up to two directions hold (a diagonal), or none.
+
+    Args:
+        box (`tuple[float, float, float, float]`):
+            Left, top, right, bottom of the box in question; y grows downwards.
+        other (`tuple[float, float, float, float]`):
+            The box it is compared with.
+
+    Returns:
+        `set[str]`: a subset of `{"left of", "right of", "above", "below"}`.
+
+    Example:
+
+    ```python
+    >>> relations((0, 0, 10, 10), (20, 0, 30, 10))
+    {'left of'}
+    ```
+    """
+    a, b = np.asarray(box, float).reshape(2, 2), np.asarray(other, float).reshape(2, 2)
+    offset = a.mean(0) - b.mean(0)
+    margin = 0.1 * (np.ptp(a, axis=0) + np.ptp(b, axis=0))
+    x, y = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0) / max(float(np.linalg.norm(offset)), 1e-9)
+    return {name for name, amount in (("left of", -x), ("right of", x), ("above", -y), ("below", y)) if amount > 0.5}
+
+
+def score_scene(
+    detections: list[Detection],
+    include: list[dict[str, Any]],
+    exclude: list[dict[str, Any]] | None = None,
+    strict: bool = False,
+) -> float:
+    """
+    Compares what was found in an image with GenEval metadata.
+
+    The strict score is GenEval's: 1 if every entry of `include` has at least `count` objects of its class, the `count`
+    most confident of which have its colour and stand in its position to the matched objects of the entry that it
+    refers to, and no entry of `exclude` has `count` objects or more; else 0.
+
+    The graded score is the mean of parts, as in Flow-GRPO (https://huggingface.co/papers/2505.05470). Each entry of
+    `include` has a part `max(0, 1 - |found - count| / count)`; if it names a colour, the share of its objects that have
+    it; if it names a position, the share of the pairs of objects that stand so. The latter two are 0 unless the number
+    of objects is right (for a position also the number of those it refers to). Surplus objects cost here already, so
+    `exclude` is not used.
+
+    Args:
+        detections (`list[Detection]`):
+            The objects of one image.
+        include (`list[dict]`):
+            Entries with `class`, `count` and optionally `color` and `position`. The latter is GenEval's
+            `["left of", 0]`, relation and index of an earlier entry; the index can be a string, which lets a
+            `datasets.Dataset` hold the pair. Missing keys and `None` mean the same.
+        exclude (`list[dict]`, *optional*):
+            Entries with `class` and `count`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the score is the strict one.
+
+    Returns:
+        `float`: 0 or 1 if strict, else in [0, 1].
+
+    Raises:
+        ValueError: if a position refers to an entry that does not come earlier.
+
+    Example:
+
+    ```python
+    >>> found = [Detection("circle", "red", (0, 0, 10, 10)), Detection("square", "blue", (20, 0, 30, 10))]
+    >>> include = [{"class": "circle", "count": 1, "color": "green"}, {"class": "square", "count": 1}]
+    >>> score_scene(found, include, strict=True), score_scene(found, include)
+    (0.0, 0.6666666666666666)
+    ```
+    """
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: -d.score):
+        found.setdefault(detection.label, []).append(detection)
+    matched: list[list[Detection]] = []  # per entry, empty if it is not satisfied
+    parts, correct = [], True
+    for index, entry in enumerate(include):
+        count, objects = int(entry["count"]), found.get(entry["class"], [])
+        chosen = objects[:count]
+        complete = len(chosen) == count if strict else len(objects) == count
+        parts.append(max(0.0, 1 - abs(len(objects) - count) / count))
+        satisfied = complete
+        if entry.get("color") is not None:
+            share = np.mean([d.color == entry["color"] for d in chosen]) if complete else 0.0
+            parts.append(float(share))
+            satisfied = satisfied and (share == 1 or not strict)
+        if entry.get("position") is not None:
+            relation, target = entry["position"]
+            if not 0 <= int(target) < index:
+                raise ValueError(
+                    f"`position` of entry {index} of `include` is {entry['position']!r}: its second item must be the "
+                    f"index of an earlier entry, between 0 and {index - 1}."
+                )
+            pairs = [(a, b) for a in chosen for b in matched[int(target)]] if satisfied else []
+            share = np.mean([relation in relations(a.box, b.box) for a, b in pairs]) if pairs else 0.0
+            parts.append(float(share))
+            satisfied = satisfied and share == 1
+        matched.append(chosen if satisfied else [])
+        correct = correct and satisfied
+    if not strict:
+        return float(np.mean(parts))
+    return float(correct and all(len(found.get(e["class"], [])) < e["count"] for e in exclude or []))
+
+
+class SceneReward:
+    """
+    Reward for scenes described by GenEval metadata: a detector finds objects, [`score_scene`] compares.
+
+    Args:
+        detector (`Callable`, *optional*):
+            Maps a list of PIL images to a list of lists of [`Detection`]. Defaults to that of the tiny world
+            ([`~flow_trl.tiny.detector.detect_shapes`]); for photos use [`TransformersDetector`].
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to return GenEval's strict accuracy, 0 or 1, rather than the graded score in [0, 1]. The name of
+            the reward is `"scene_strict"` or `"scene"` accordingly.
+
+    Example:
+
+    ```python
+    >>> from flow_trl.tiny import load_prompts
+    >>> from flow_trl.tiny.scenes import render_scene
+    >>> row = load_prompts("scenes", "test")[0]
+    >>> image = render_scene(row["include"], seed=0)
+    >>> SceneReward()(prompts=[row["prompt"]], images=[image], include=[row["include"]])
+    [1.0]
+    ```
+    """
+
+    def __init__(self, detector: Detector | None = None, strict: bool = False):
+        if detector is None:
+            from flow_trl.tiny.detector import detect_shapes as detector
+        self.detector = detector
+        self.strict = strict
+        self.__name__ = "scene_strict" if strict else "scene"
+
+    def __call__(
+        self,
+        prompts: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        include: list[list[dict[str, Any]] | None] | None = None,
+        exclude: list[list[dict[str, Any]] | None] | None = None,
+        **columns,
+    ) -> list[float | None]:
+        """
+        Scores images.
+
+        Args:
+            prompts (`list[str]`, *optional*):
+                Not used; here because every image reward gets them.
+            images (`list[PIL.Image.Image]`):
+                Images of any size.
+            include (`list[list[dict] | None]`):
+                Per image what it must show, see [`score_scene`]; `None` where the reward does not apply.
+            exclude (`list[list[dict] | None]`, *optional*):
+                Per image what it must not show.
+            columns:
+                Other columns of the dataset, ignored.
+
+        Returns:
+            `list[float | None]`: one score per image in [0, 1], `None` where `include` is `None`.
+
+        Raises:
+            ValueError: if `include` is missing.
+        """
+        if include is None:
+            raise ValueError(
+                f"The reward `{self.__name__}` needs a column `include` in the dataset, which is missing. Give every "
+                'row GenEval metadata such as [{"class": "circle", "count": 1, "color": "red"}], or None where the '
+                'reward does not apply; `flow_trl.tiny.load_prompts("scenes", "train")` has such rows.'
+            )
+        applies = [i for i, entries in enumerate(include) if entries is not None]
+        scores: list[float | None] = [None] * len(include)
+        detections = self.detector([images[i] for i in applies]) if applies else []
+        for i, objects in zip(applies, detections, strict=True):
+            scores[i] = score_scene(objects, include[i], exclude[i] if exclude else None, self.strict)
+        return scores
+
+
+class TransformersDetector:
+    """
+    Finds objects in photos with an instance segmentation model of transformers, and tells their colours.
+
+    The default model is GenEval's detector, Mask2Former with a Swin-L backbone trained on COCO's 80 classes (GenEval
+    runs it through mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes
+    "computer keyboard"). The colour of an object is the one of GenEval's ten colours that is the nearest to most
+    pixels of its mask; GenEval asks a CLIP model instead.
+
+    Args:
+        model (`str` or [`~transformers.ImageSegmentationPipeline`], *optional*):
+            Hub id or folder of an instance segmentation model, or a pipeline that is ready to use. Defaults to
+            `"facebook/mask2former-swin-large-coco-instance"`.
+        threshold (`float`, *optional*, defaults to `0.5`):
+            Confidence from which an object counts. GenEval uses 0.9 for its `counting` prompts and 0.3 for the others.
+        device (`str` or `torch.device`, *optional*):
+            Where the model runs; not used if `model` is a pipeline.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Images per forward pass.
+
+    Example:
+
+    ```python
+    >>> reward = SceneReward(TransformersDetector(device="cuda"))
+    >>> reward(
+    ...     prompts=["a photo of two wine glasses"],
+    ...     images=[image],
+    ...     include=[[{"class": "wine glass", "count": 2}]],
+    ... )
+    [0.5]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: Any = "facebook/mask2former-swin-large-coco-instance",
+        threshold: float = 0.5,
+        device: Any = None,
+        batch_size: int = 8,
+    ):
+        if isinstance(model, str):
+            from transformers import pipeline
+
+            model = pipeline("image-segmentation", model=model, device=device)
+        self.pipeline = model
+        self.threshold = threshold
+        self.batch_size = batch_size
+
+    def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
+        """
+        Finds the objects in images.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                Images of any size.
+
+        Returns:
+            `list[list[Detection]]`: the objects of each image, boxes in its pixels.
+        """
+        images = [image.convert("RGB") for image in images]
+        segments = self.pipeline(images, subtask="instance", threshold=self.threshold, batch_size=self.batch_size)
+        palette = np.array(list(GENEVAL_COLORS.values()), float)
+        found: list[list[Detection]] = []
+        for image, objects in zip(images, segments, strict=True):
+            found.append([])
+            for item in objects:
+                box = item["mask"].getbbox()
+                if box is None:
+                    continue
+                pixels = np.asarray(image, float)[np.asarray(item["mask"]) > 0]
+                nearest = ((pixels[:, None] - palette) ** 2).sum(-1).argmin(-1)
+                color = list(GENEVAL_COLORS)[np.bincount(nearest).argmax()]
+                label = GENEVAL_CLASSES.get(item["label"], item["label"])
+                found[-1].append(Detection(label, color, tuple(map(float, box)), float(item["score"])))
+        return found

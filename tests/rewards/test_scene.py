@@ -1,0 +1,186 @@
+import json
+from copy import deepcopy
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from flow_trl.rewards.scene import Detection, SceneReward, TransformersDetector, relations, score_scene
+from flow_trl.tiny import load_prompts
+from flow_trl.tiny.detector import detect_shapes
+from flow_trl.tiny.scenes import render_scene
+
+
+RED_CIRCLE = Detection("circle", "red", (2, 10, 12, 20), 0.9)  # left
+BLUE_SQUARE = Detection("square", "blue", (20, 10, 30, 20), 0.8)  # right
+LEFT_OF = [
+    {"class": "square", "count": 1, "color": "blue"},
+    {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]},
+]
+
+
+def mirrored(row):
+    """The same scene with its relation turned round, or its count one up, or another colour."""
+    row = deepcopy(row)
+    entry = row["include"][-1]
+    if entry["position"]:
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+        entry["position"][0] = opposite[entry["position"][0]]
+    elif entry["color"]:
+        entry["color"] = "red" if entry["color"] != "red" else "blue"
+    else:
+        entry["count"] += 1
+    return row
+
+
+def test_relations_are_geneval_s():
+    middle = (20, 20, 30, 30)
+    assert relations((0, 20, 10, 30), middle) == {"left of"}
+    assert relations((40, 20, 50, 30), middle) == {"right of"}
+    assert relations((20, 0, 30, 10), middle) == {"above"}
+    assert relations((20, 40, 30, 50), middle) == {"below"}
+    assert relations((0, 0, 10, 10), middle) == {"left of", "above"}
+    assert relations(middle, middle) == relations((21, 21, 31, 31), middle) == set()
+
+
+def test_strict_score_is_one_for_ground_truth_and_zero_for_other_metadata():
+    rows = load_prompts("scenes", "test").select(range(200)).to_list()
+    columns = {"images": [render_scene(row["include"], seed=i) for i, row in enumerate(rows)]}
+    reward = SceneReward(strict=True)
+    right = reward(
+        **columns, include=[row["include"] for row in rows], exclude=[row["exclude"] for row in rows], tag=["x"] * 200
+    )
+    wrong = reward(**columns, include=[mirrored(row)["include"] for row in rows])
+    assert set(right) <= {0.0, 1.0}
+    assert np.mean(right) >= 0.98 and np.mean(wrong) <= 0.02
+    graded = SceneReward()(**columns, include=[mirrored(row)["include"] for row in rows])
+    assert all(0 < score < 1 for score in graded)
+
+
+def test_graded_score_is_the_mean_of_its_parts():
+    def graded(found):
+        return score_scene(found, LEFT_OF)
+
+    assert graded([RED_CIRCLE, BLUE_SQUARE]) == 1
+    assert graded([]) == 0
+    # parts: square, its colour, circle, its colour, its position
+    assert graded([BLUE_SQUARE]) == pytest.approx(2 / 5)
+    assert graded([RED_CIRCLE]) == pytest.approx(2 / 5)
+    assert graded([Detection("circle", "green", RED_CIRCLE.box), BLUE_SQUARE]) == pytest.approx(4 / 5)
+    assert graded([Detection("circle", "red", (2, 20, 12, 30)), Detection("square", "blue", (2, 0, 12, 10))]) == 4 / 5
+    two_circles = [RED_CIRCLE, Detection("circle", "red", (2, 22, 10, 30), 0.7), BLUE_SQUARE]
+    assert graded(two_circles) == pytest.approx(2 / 5)  # a surplus object costs count, colour and position
+    assert score_scene(two_circles, LEFT_OF, strict=True) == 1  # which GenEval forgives unless `exclude` names it
+    assert score_scene(two_circles, LEFT_OF, [{"class": "circle", "count": 2}], strict=True) == 0
+
+
+@pytest.mark.parametrize(("found", "expected"), [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 2 / 3), (6, 0), (9, 0)])
+def test_graded_count_falls_with_the_error(found, expected):
+    objects = [Detection("circle", "red", (i, 0, i + 1, 1)) for i in range(found)]
+    assert score_scene(objects, [{"class": "circle", "count": 3}]) == pytest.approx(expected)
+
+
+def test_strict_score_looks_at_the_most_confident_objects():
+    include = [{"class": "circle", "count": 1, "color": "red"}]
+    red, green = Detection("circle", "red", (0, 0, 9, 9), 0.9), Detection("circle", "green", (20, 0, 29, 9), 0.5)
+    assert score_scene([green, red], include, strict=True) == 1
+    assert score_scene([Detection("circle", "green", (20, 0, 29, 9), 0.95), red], include, strict=True) == 0
+
+
+def test_real_geneval_rows_are_scored_in_their_own_format_and_from_a_dataset():
+    lines = """
+    {"tag": "counting", "include": [{"class": "wine glass", "count": 2}], "exclude": [{"class": "wine glass", "count": 3}], "prompt": "a photo of two wine glasses"}
+    {"tag": "color_attr", "include": [{"class": "handbag", "count": 1, "color": "pink"}, {"class": "scissors", "count": 1, "color": "black"}], "prompt": "a photo of a pink handbag and a black scissors"}
+    {"tag": "position", "include": [{"class": "laptop", "count": 1}, {"class": "cow", "count": 1, "position": ["right of", 0]}], "prompt": "a photo of a cow right of a laptop"}
+    """
+    rows = [json.loads(line) for line in lines.strip().splitlines()]
+    found = [
+        [Detection("wine glass", None, (i, 0, i + 10, 10)) for i in (0, 20)],
+        [Detection("handbag", "pink", (0, 0, 9, 9)), Detection("scissors", "black", (20, 0, 29, 9))],
+        [Detection("laptop", "black", (0, 0, 9, 9)), Detection("cow", "white", (20, 0, 29, 9))],
+    ]
+    images = [Image.new("RGB", (8, 8))] * 3
+    strict = SceneReward(detector=lambda images: found, strict=True)
+    columns = {name: [row.get(name) for row in rows] for name in ("include", "exclude", "tag")}
+    assert strict(prompts=["", "", ""], images=images, **columns) == [1, 1, 1]
+    columns["include"][2][1]["position"] = ["right of", "0"]  # arrow cannot hold a text and a number in one list
+    columns = Dataset.from_dict(columns).to_dict()  # which fills missing keys with None
+    assert columns["include"][0][0]["color"] is None
+    assert strict(prompts=["", "", ""], images=images, **columns) == [1, 1, 1]
+    found[0].append(Detection("wine glass", None, (40, 0, 50, 10)))
+    found[1][0].color = "red"
+    found[2].reverse()
+    found[2][0].box = (-30, 0, -20, 10)
+    assert strict(prompts=["", "", ""], images=images, **columns) == [0, 0, 0]
+
+
+def test_rows_without_metadata_do_not_apply():
+    image = render_scene([{"class": "circle", "count": 1}], seed=0)
+    reward = SceneReward()
+    assert reward(prompts=["a", "b"], images=[image] * 2, include=[None, [{"class": "circle", "count": 1}]]) == [
+        None,
+        1,
+    ]
+    assert reward(prompts=["a"], images=[image], include=[None]) == [None]
+    with pytest.raises(ValueError, match="column `include`"):
+        reward(prompts=["a"], images=[image])
+
+
+def test_position_must_refer_to_an_earlier_entry():
+    include = [{"class": "circle", "count": 1, "position": ["left of", 0]}]
+    with pytest.raises(ValueError, match="index of an earlier entry"):
+        score_scene([RED_CIRCLE], include)
+
+
+def test_names_of_the_rewards():
+    assert SceneReward().__name__ == "scene"
+    assert SceneReward(strict=True).__name__ == "scene_strict"
+    assert SceneReward().detector is detect_shapes
+
+
+def test_transformers_detector_reads_masks_of_a_pipeline():
+    def pipe(images, **kwargs):
+        assert kwargs["threshold"] == 0.4 and kwargs["batch_size"] == 2
+        mask = Image.new("L", images[0].size)
+        mask.paste(255, (2, 4, 8, 10))
+        empty = Image.new("L", images[0].size)
+        return [[{"label": "keyboard", "score": 0.7, "mask": mask}, {"label": "dog", "score": 0.6, "mask": empty}]] * 2
+
+    images = [Image.new("RGB", (16, 16), color) for color in ((230, 20, 20), (150, 80, 20))]
+    found = TransformersDetector(pipe, threshold=0.4, batch_size=2)(images)
+    assert found == [[Detection("computer keyboard", color, (2, 4, 8, 10), 0.7)] for color in ("red", "brown")]
+
+
+def test_transformers_detector_runs_a_segmentation_model():
+    pytest.importorskip("scipy")  # transformers wants it for Mask2Former
+    from transformers import (
+        ImageSegmentationPipeline,
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessorPil,
+        SwinConfig,
+    )
+
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(
+            embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=5, num_labels=3,
+        id2label={0: "circle", 1: "square", 2: "triangle"},
+    )  # fmt: skip
+    processor = Mask2FormerImageProcessorPil(size={"height": 64, "width": 64})
+    pipe = ImageSegmentationPipeline(model=Mask2FormerForUniversalSegmentation(config), image_processor=processor)
+    image = render_scene([{"class": "circle", "count": 1}], seed=0)
+    detector = TransformersDetector(pipe, threshold=0.0)
+    found = detector([image, image.resize((48, 48))])
+    assert len(found) == 2 and found[0]
+    assert {d.label for objects in found for d in objects} <= {"circle", "square", "triangle"}
+    reward = SceneReward(detector)
+    assert (
+        0
+        <= reward(prompts=["a photo of a circle"], images=[image], include=[[{"class": "circle", "count": 1}]])[0]
+        <= 1
+    )
