@@ -234,6 +234,11 @@ class PipelinePolicy:
                 f"`pipe` ({names[0]}) has two denoisers, `transformer` and `transformer_2`; a policy has one. Load it "
                 "with `transformer_2=None, boundary_ratio=None`."
             )
+        if guidance_scale is not None and self.family.guidance in call_kwargs:
+            raise ValueError(
+                f"`guidance_scale={guidance_scale}` is what `{names[0]}` calls `{self.family.guidance}`, and "
+                f"`{self.family.guidance}={call_kwargs[self.family.guidance]!r}` is given too: leave one of them out."
+            )
         self.pipe = pipe
         self.denoiser_name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
         self.negative_prompt = negative_prompt

@@ -180,11 +180,11 @@ class DiffusionTrainer(Trainer):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         self.model_name = model if isinstance(model, str) else model.name_or_path or type(model).__name__
         if isinstance(model, str):
-            model = DiffusionPipeline.from_pretrained(
-                model,
-                **{"torch_dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32}
-                | (args.model_init_kwargs or {}),
-            )
+            init_kwargs = {"dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32}
+            init_kwargs |= args.model_init_kwargs or {}
+            if isinstance(init_kwargs["dtype"], str):  # from the command line
+                init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
+            model = DiffusionPipeline.from_pretrained(model, **init_kwargs)
         self._check_pipeline(model)
         self.pipe = model
         options = {"negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
@@ -218,7 +218,7 @@ class DiffusionTrainer(Trainer):
             cast_training_params(denoiser, dtype=torch.float32)
         disable_dropout_in_model(denoiser)
         if args.gradient_checkpointing:
-            denoiser.gradient_checkpointing_enable = lambda **kwargs: denoiser.enable_gradient_checkpointing()
+            denoiser.activation_checkpointing_enable = lambda **kwargs: denoiser.enable_gradient_checkpointing()
 
         super().__init__(
             model=denoiser,
