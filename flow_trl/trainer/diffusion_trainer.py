@@ -217,7 +217,7 @@ class DiffusionTrainer(Trainer):
         if args.bf16 or args.fp16:
             cast_training_params(denoiser, dtype=torch.float32)
         disable_dropout_in_model(denoiser)
-        if args.gradient_checkpointing:
+        if args.activation_checkpointing:
             denoiser.activation_checkpointing_enable = lambda **kwargs: denoiser.enable_gradient_checkpointing()
 
         super().__init__(

@@ -1,5 +1,6 @@
 """What all trainers of pipelines share, on the trainers of flow models."""
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -11,15 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+import flow_trl
 from flow_trl.trainer import diffusion_trainer
+from flow_trl.trainer.diffusion_trainer import sample_generator
+from tests import pipelines
 from tests.trainer.runs import (
     PROMPTS,
     Recorder,
     averages,
+    brightness,
     gray,
     logged,
     make_trainer,
@@ -374,3 +384,505 @@ def test_the_adapter_depends_on_the_seed_alone(tmp_path):
     torch.rand(7)
     assert torch.equal(weights(make_trainer(tmp_path, seed=1)), first)
     assert not torch.equal(weights(make_trainer(tmp_path, seed=2)), first)
+
+
+# What users load
+
+
+def eval_noise(count):
+    return [sample_generator("eval", row) for row in range(count)]
+
+
+def test_saved_lora_gives_the_policy_that_was_evaluated(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, reward_funcs=recorder, evaluation=prompts(3), save_strategy="steps", save_steps=2, lora_alpha=24,
+        learning_rate=0.05, max_steps=3, eval_num_inference_steps=4, eval_guidance_scale=3.0,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    evaluated = recorder.images[-1]
+    with trainer.ema.applied():
+        policy = trainer.pipe(
+            PROMPTS[:3], num_inference_steps=4, guidance_scale=3.0, max_sequence_length=16, generator=eval_noise(3),
+            output_type="np",
+        ).images  # fmt: skip
+    images = {}
+    for folder in (tmp_path, tmp_path / "checkpoint-2", None):
+        pipe = pipelines.stable_diffusion_3(t5=False)
+        if folder is not None:
+            pipe.load_lora_weights(folder)
+        images[folder] = pipe(
+            PROMPTS[:3], num_inference_steps=4, guidance_scale=3.0, max_sequence_length=16, generator=eval_noise(3),
+            output_type="np",
+        ).images  # fmt: skip
+    assert np.abs(images[tmp_path] - policy).max() < 1e-4
+    assert np.abs(255 * images[tmp_path] - evaluated).max() < 1
+    assert np.abs(images[None] - policy).max() > 0.01  # it learned something
+    assert np.abs(images[tmp_path / "checkpoint-2"] - policy).max() > 1e-4  # the third update
+    # Where the average is not switched off, it is not the weights themselves that were saved
+    now = trainer.pipe(
+        PROMPTS[:3], num_inference_steps=4, guidance_scale=3.0, max_sequence_length=16, generator=eval_noise(3),
+        output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(now - policy).max() > 1e-3
+
+
+def test_saved_checkpoint_has_the_average_of_its_step(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, learning_rate=0.05, lora_alpha=24)
+    trainer.train()
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.load_lora_weights(tmp_path / "checkpoint-2")
+    with trainer.ema.applied():
+        expected = draw(trainer.pipe, PROMPTS[:2], eval_noise(2))
+    assert np.abs(draw(pipe, PROMPTS[:2], eval_noise(2)) - expected).max() <= 1
+
+
+def test_training_on_goes_on_from_a_loaded_lora(tmp_path):
+    make_trainer(tmp_path / "first", learning_rate=0.05).train()
+    trainer = make_trainer(tmp_path / "second", learning_rate=0.05)
+    trainer.train()
+    trainer.save_model()
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.load_lora_weights(tmp_path / "second")
+    on = make_trainer(tmp_path / "on", pipe=pipe, full=True, beta=0.1, max_steps=1)
+    assert on.is_lora
+    assert torch.equal(weights(on), averages(trainer))
+    on.train()
+    assert logged(on, "kl")[0] > 0  # the reference is without the adapter
+    on.save_model()
+    assert (tmp_path / "on" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_full_training_saves_the_pipeline(tmp_path):
+    pipe = pipelines.stable_diffusion_3()
+    trainer = make_trainer(
+        tmp_path / "out", pipe=pipe, full=True, learning_rate=1e-3, save_strategy="steps", save_steps=2
+    )
+    assert weights(trainer).numel() == sum(p.numel() for p in trainer.pipe.transformer.parameters())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    with trainer.ema.applied():
+        expected = draw(trainer.pipe, PROMPTS[:2], eval_noise(2))
+    for folder in ("out", "elsewhere"):
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / folder)
+        assert isinstance(loaded, StableDiffusion3Pipeline)
+        loaded.set_progress_bar_config(disable=True)
+        assert np.array_equal(draw(loaded, PROMPTS[:2], eval_noise(2)), expected)
+    assert np.abs(draw(pipelines.stable_diffusion_3(), PROMPTS[:2], eval_noise(2)) - expected).max() > 2
+    part = type(trainer.pipe.transformer).from_pretrained(tmp_path / "out" / "checkpoint-2" / "transformer")
+    with trainer.ema.applied():
+        for name, parameter in trainer.pipe.transformer.named_parameters():
+            assert torch.equal(part.get_parameter(name), parameter)
+
+
+def test_moving_average_of_a_run_in_closed_form(tmp_path):
+    seen = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(weights(trainer))
+
+    trainer = make_trainer(tmp_path, callbacks=[Keep()], max_steps=6, ema_decay=0.7, ema_update_steps=2)
+    average = weights(trainer)
+    trainer.train()
+    for values in seen[1::2]:
+        average = 0.7 * average + 0.3 * values
+    torch.testing.assert_close(averages(trainer), average)
+
+
+def test_without_moving_average(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, reward_funcs=recorder, evaluation=prompts(2), ema_decay=0.0, learning_rate=0.05)
+    assert trainer.ema is None
+    trainer.train()
+    trainer.evaluate()
+    assert np.abs(draw(trainer.pipe, PROMPTS[:2], eval_noise(2)) - recorder.images[-1]).max() <= 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, full):
+    results, recomputed = [], []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path, full=full, activation_checkpointing=checkpointing, beta=0.1, optim="sgd", max_steps=2
+        )
+        calls = []
+        trainer.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda *args, calls=calls: calls.append(torch.is_grad_enabled())
+        )
+        trainer.train()
+        results.append(trainer.watch.gradients)
+        recomputed.append(len(calls))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert plain.norm() > 1e-4
+        assert relative(checkpointed, plain) < 1e-5
+    assert recomputed[1] == recomputed[0] + 16  # 2 updates of 4 micro-batches at 2 steps, once more each
+
+
+# Rewards
+
+
+def test_columns_and_images_belong_together(tmp_path):
+    calls = []
+
+    def watched(prompts, images, number, easy):
+        calls.append((prompts, [np.asarray(image).astype(int) for image in images], number))
+        return [gray(image) for image in images]
+
+    trainer = make_trainer(tmp_path, reward_funcs=watched, evaluation=prompts(3), max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    assert len(calls) == 3 + 1
+    for texts, images, number in calls:
+        assert len(texts) == len(images) == len(number)
+        assert texts == [PROMPTS[i] for i in number]
+    for texts, _, number in calls[:3]:
+        assert (texts, number) == (calls[0][0], calls[0][2])
+        assert [number.count(i) for i in set(number)] == [4] * 4
+    # The image without noise is the pipeline's own for that prompt and that sample's initial noise
+    texts, images, number = calls[0]
+    noise = [sample_generator(trainer.args.seed, 0, row, i % 4) for i, row in enumerate(number)]
+    expected = draw(pipelines.stable_diffusion_3(t5=False), texts, noise, steps=3)
+    assert np.abs(np.stack(images) - expected).max() <= 1
+
+
+def test_rewards_are_weighted(tmp_path):
+    def red(prompts, images, **columns):
+        return [np.asarray(image)[..., 0].mean() / 255 for image in images]
+
+    def constant(prompts, images, **columns):
+        return torch.full((len(images),), 3.0)
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, reward_funcs=[recorder, red, constant], reward_weights=[2.0, -1.0, 0.5], max_steps=1
+    )
+    kept = []
+    advantages = trainer._advantages
+    trainer._advantages = lambda rewards: kept.append(rewards) or advantages(rewards)
+    trainer.train()
+    reds = np.stack([red(None, images) for images in recorder.images])
+    np.testing.assert_allclose(kept[0].T, 2 * np.stack(recorder.rewards) - reds + 1.5, atol=1e-6)
+    expected = {
+        "reward": kept[0][:, -1].mean().item(),
+        "reward_std": kept[0][:, -1].view(4, 4).std(dim=1).mean().item(),
+        "rewards/brightness/mean": recorder.rewards[-1].mean(),
+        "rewards/brightness/std": recorder.rewards[-1].std(),
+        "rewards/red/mean": reds[-1].mean(),
+        "rewards/constant/mean": 3.0,
+        "rewards/constant/std": 0.0,
+    }
+    for name, value in expected.items():
+        assert logged(trainer, name) == [pytest.approx(value, abs=1e-6)], name
+
+
+def test_weight_zero_only_watches(tmp_path):
+    sizes = []
+
+    def watched(prompts, images, **columns):
+        sizes.append(len(images))
+        return np.random.rand(len(images)).tolist()
+
+    alone = make_trainer(tmp_path, max_steps=2)
+    alone.train()
+    both = make_trainer(
+        tmp_path, reward_funcs=[brightness, watched], reward_weights=[1.0, 0.0], evaluation=prompts(3), max_steps=2
+    )
+    both.train()
+    assert torch.equal(weights(alone), weights(both))
+    assert sizes == [16]  # the finished images of one generation, no completions
+    assert logged(both, "reward") == logged(alone, "reward")
+    assert len(logged(both, "rewards/watched/mean")) == 1
+    metrics = both.evaluate()
+    assert metrics["eval_reward"] == metrics["eval_rewards/brightness/mean"]
+    assert "eval_rewards/watched/mean" in metrics
+
+
+def test_async_rewards_run_concurrently_beside_sync_ones(tmp_path):
+    barriers = []
+
+    async def meet(images):
+        async with asyncio.timeout(10):  # one after the other, the first would wait for ever
+            await barriers[-1].wait()
+        return [gray(image) for image in images]
+
+    async def one(prompts, images, **columns):
+        if not barriers or barriers[-1].n_waiting == 0:
+            barriers.append(asyncio.Barrier(2))
+        return await meet(images)
+
+    async def two(prompts, images, **columns):
+        return await meet(images)
+
+    asynchronous = make_trainer(tmp_path, reward_funcs=[one, brightness, two])
+    asynchronous.train()
+
+    def thrice(prompts, images, **columns):
+        return [3 * gray(image) for image in images]
+
+    synchronous = make_trainer(tmp_path, reward_funcs=thrice)
+    synchronous.train()
+    assert relative(weights(asynchronous), weights(synchronous)) < 1e-5
+    for name in ("one", "brightness", "two"):
+        assert logged(asynchronous, f"rewards/{name}/mean") == logged(asynchronous, "rewards/one/mean")
+
+
+def test_async_rewards_in_a_running_loop(tmp_path):
+    async def one(prompts, images, **columns):
+        return [gray(image) for image in images]
+
+    async def notebook():
+        make_trainer(tmp_path, reward_funcs=one, max_steps=1).train()
+
+    asyncio.run(notebook())
+
+
+def test_none_is_not_applicable(tmp_path):
+    def some(prompts, images, number, **columns):
+        return [None if i % 2 else gray(image) for i, image in zip(number, images, strict=True)]
+
+    def never(prompts, images, **columns):
+        return [None] * len(images)
+
+    def instead(prompts, images, number, **columns):
+        return [gray(image) if i % 2 else 0.0 for i, image in zip(number, images, strict=True)]
+
+    trainer = make_trainer(tmp_path, reward_funcs=[some, never, instead], shuffle_dataset=False)
+    trainer.train()
+    plain = make_trainer(tmp_path, shuffle_dataset=False)
+    plain.train()
+    assert torch.equal(weights(trainer), weights(plain))
+    assert logged(trainer, "reward") == logged(plain, "reward")
+    assert not logged(trainer, "rewards/never/mean")
+    # `some` is averaged over the images to which it applies
+    recorder = Recorder()
+    make_trainer(tmp_path, reward_funcs=recorder, shuffle_dataset=False).train()
+    applies = recorder.rewards[2].reshape(4, 4)[::2]
+    assert logged(trainer, "rewards/some/mean") == [pytest.approx(applies.mean(), abs=1e-6)]
+
+
+def test_a_group_to_which_nothing_applies_is_skipped(tmp_path):
+    def some(prompts, images, number, **columns):
+        return [None if i < 2 else gray(image) for i, image in zip(number, images, strict=True)]
+
+    trainer = make_trainer(tmp_path, reward_funcs=some, shuffle_dataset=False)
+    trainer.train()
+    assert logged(trainer, "frac_reward_zero_std") == [0.5]
+
+
+# Evaluation
+
+
+def test_evaluation_metrics(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, reward_funcs=recorder, evaluation=prompts(5))
+    metrics = trainer.evaluate()
+    rewards = np.concatenate(recorder.rewards)
+    assert [len(images) for images in recorder.images] == [4, 1]
+    se = rewards.std() / 5**0.5
+    expected = {"eval_reward": rewards.mean(), "eval_reward_se": se}
+    for name, value in {"mean": rewards.mean(), "std": rewards.std(), "se": se}.items():
+        expected[f"eval_rewards/brightness/{name}"] = value
+    assert metrics.keys() == expected.keys() | {"eval_runtime"}
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert trainer.state.log_history[-1].items() >= metrics.items()
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, size):
+    images = []
+    for per_device in (4, size):
+        recorder = Recorder()
+        trainer = make_trainer(
+            tmp_path, reward_funcs=recorder, evaluation=prompts(5), per_device_eval_batch_size=per_device
+        )
+        trainer.evaluate()
+        images.append(np.concatenate(recorder.images).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+    expected = draw(pipelines.stable_diffusion_3(t5=False), PROMPTS[:5], eval_noise(5))
+    assert np.abs(images[0] - expected).max() <= 1
+
+
+def test_several_evaluation_sets(tmp_path):
+    sets = {"short": prompts(2), "long": prompts(5)}
+    trainer = make_trainer(
+        tmp_path, evaluation=sets, eval_strategy="steps", eval_steps=2, eval_on_start=True, max_steps=2
+    )
+    trainer.train()
+    for name in sets:
+        assert len(logged(trainer, f"eval_{name}_reward")) == 2
+        assert (tmp_path / "images" / f"eval_{name}-000002.png").is_file()
+    assert logged(trainer, "eval_short_reward")[1] == trainer.evaluate(sets["short"])["eval_reward"]
+
+
+@pytest.mark.parametrize("count, size", [(3, (48, 16)), (9, (128, 32)), (0, None)])
+def test_grid_of_an_evaluation(tmp_path, count, size):
+    recorder = Recorder()
+    data = Dataset.from_list([{"prompt": PROMPTS[i % 8], "easy": False} for i in range(10)])
+    trainer = make_trainer(tmp_path, reward_funcs=recorder, evaluation=data, num_images_to_save=count)
+    trainer.evaluate()
+    path = tmp_path / "images" / "eval-000000.png"
+    if size is None:
+        assert not path.exists()
+        return
+    grid = np.asarray(Image.open(path))
+    assert grid.shape[1::-1] == size
+    for i, image in enumerate(np.concatenate(recorder.images)[:count]):
+        row, column = divmod(i, min(8, count))
+        assert np.array_equal(grid[16 * row : 16 * row + 16, 16 * column : 16 * column + 16], image)
+
+
+def test_grids_of_training_images(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, reward_funcs=recorder, max_steps=3, log_completions=True, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["train-000001.png", "train-000003.png"]
+    grid = np.asarray(Image.open(tmp_path / "images" / "train-000003.png"))
+    assert np.array_equal(grid, np.concatenate(recorder.images[-1][:4], axis=1))  # finished images
+    # a generation that was begun before the run was stopped leaves no grid
+    make_trainer(tmp_path, max_steps=4, log_completions=True).train(str(tmp_path / "checkpoint-3"))
+
+
+def test_grids_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(
+        tmp_path / "out", evaluation=prompts(3), eval_strategy="steps", eval_steps=2, report_to=["tensorboard"]
+    )
+    trainer.train()
+    folders = {path.parent for path in tmp_path.rglob("events*")}
+    (folder,) = folders
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    (event,) = events.Images("images/eval")
+    assert (event.step, event.width, event.height) == (2, 48, 16)
+
+
+def test_learning_curve_of_a_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    from flow_trl.callbacks import LearningCurveCallback
+
+    make_trainer(
+        tmp_path, evaluation=prompts(2), eval_strategy="steps", eval_steps=1, callbacks=[LearningCurveCallback()]
+    ).train()
+    assert Image.open(tmp_path / "learning_curve.png").size == (1440, 432)
+
+
+def test_metrics_of_an_update(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.1)
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    update = {"loss", "grad_norm", "learning_rate", "kl", "ratio/max_deviation", "time/update", "epoch", "step"}
+    update |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+    update |= {"total_nfe", "total_reward_calls"}
+    generation = {"reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std"}
+    generation |= {"nfe", "reward_calls", "time/rollout", "time/reward"}
+    generation |= {f"{name}/step_{k}" for name in ("turning_points", "incremental_reward") for k in (1, 2)}
+    assert second.keys() == update
+    assert first.keys() == update | generation
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Uploads go to folders."""
+    uploads = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": f"me/{repo_id.split('/')[-1]}"})
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns=None, path_in_repo="", **kwargs):
+        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploads.append((repo_id, sorted(filter_repo_objects(paths, ignore_patterns=ignore_patterns))))
+        return type("Done", (), {"done": lambda self: True, "result": lambda self: None})()
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+def test_push_to_hub(tmp_path, hub):
+    trainer = make_trainer(
+        tmp_path / "lora-of-mine", evaluation=prompts(2), eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    (trainer.args.output_dir / Path("_saving") / "checkpoint-9").mkdir(parents=True)
+    (trainer.args.output_dir / Path("_saving") / "checkpoint-9" / "optimizer.pt").touch()  # left by a kill
+    trainer.push_to_hub()
+    assert hub == [
+        ("me/lora-of-mine", ["README.md", "images/eval-000002.png", "pytorch_lora_weights.safetensors"])
+    ]  # fmt: skip
+
+
+def test_pushing_at_every_save(tmp_path, hub):
+    make_trainer(
+        tmp_path / "run", push_to_hub=True, hub_model_id="me/run", save_strategy="steps", save_steps=1
+    ).train()
+    assert len(hub) >= 2
+    for repo, files in hub:
+        assert repo == "me/run"
+        assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(files)
+        assert not any("checkpoint" in file or "optimizer" in file for file in files)
+
+
+def test_model_card(tmp_path):
+    def flat_reward(prompts, images, **columns):
+        return [0.25] * len(images)
+
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.register_to_config(_name_or_path="someone/small-flow")
+    trainer = make_trainer(
+        tmp_path / "my-lora", pipe=pipe, reward_funcs=[brightness, flat_reward], reward_weights=[1.0, 0.5],
+        evaluation=prompts(3), eval_strategy="steps", eval_steps=2, eval_on_start=True, hub_model_id="me/my-lora",
+        learning_rate=0.05, seed=7,
+    )  # fmt: skip
+    trainer.train()
+    trainer.create_model_card(dataset_name="me/prompts", tags="toy")
+    card = ModelCard.load(tmp_path / "my-lora" / "README.md")
+    assert card.data.base_model == "someone/small-flow"
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    assert card.data.datasets == "me/prompts"
+    assert {"lora", "flow-trl", "TP-GRPO", "toy"} <= set(card.data.tags)
+    before, after = logged(trainer, "eval_reward")
+    assert before != after
+    for text in (
+        "# my-lora",
+        "trained with TP-GRPO",
+        "2602.06422",
+        "`TPGRPOTrainer`",
+        'pipe.load_lora_weights("me/my-lora")',
+        f"| reward | {before:.4f} | {after:.4f} |",
+        "| rewards/flat_reward/mean | 0.2500 | 0.2500 |",
+        "`brightness` 1.0, `flat_reward` 0.5",
+        "| learning_rate | 0.05 |",
+        "| seed | 7 |",
+        "| credit | consistent |",
+        "| LoRA rank, alpha | 4, 8 |",
+        "![Samples](images/eval-000002.png)",
+        f"flow_trl {flow_trl.__version__}",
+        "@misc{",
+    ):
+        assert text in card.text, text
+
+
+def test_model_card_of_a_run_without_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path / "full", method="flow", full=True, learning_rate=1e-4)
+    trainer.create_model_card()
+    assert "Not measured." in ModelCard.load(tmp_path / "full" / "README.md").text
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "full" / "README.md")
+    assert "training generations" in card.text and "LoRA" not in card.text
+    assert "2505.05470" in card.text and f'DiffusionPipeline.from_pretrained("{tmp_path / "full"}")' in card.text
+    assert "lora" not in card.data.tags
