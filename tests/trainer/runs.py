@@ -44,7 +44,8 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
 
 
 def make_config(output_dir, method="tp", **kwargs):

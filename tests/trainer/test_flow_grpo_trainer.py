@@ -1,0 +1,215 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from flow_trl.policy import PipelinePolicy
+from tests import pipelines
+from tests.trainer.runs import Recorder, gray, logged, make_trainer, prompts, weights
+
+
+SIZE = {"height": 16, "width": 16}
+FAMILIES = {
+    "sd3": (pipelines.stable_diffusion_3, {"max_sequence_length": 16}),
+    "flux": (pipelines.flux, {"max_sequence_length": 16}),
+    "qwen": (pipelines.qwen_image, {"max_sequence_length": 32}),
+    "wan": (pipelines.wan, {**SIZE, "num_frames": 1, "max_sequence_length": 16}),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_update_of_each_family(tmp_path, family, full):
+    builder, kwargs = FAMILIES[family]
+    trainer = make_trainer(
+        tmp_path, method="flow", pipe=builder(), full=full, pipeline_kwargs=kwargs, max_steps=1, beta=0.1,
+        generation_batch_size=8, updates_per_generation=1, learning_rate=1e-3,
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    (gradient,) = trainer.watch.gradients
+    assert gradient.isfinite().all() and gradient.norm() > 1e-5
+    assert not torch.equal(weights(trainer), before)
+    assert logged(trainer, "ratio/max_deviation")[0] <= 1e-5
+    assert logged(trainer, "kl") == [0.0]
+
+
+def test_videos(tmp_path):
+    seen = []
+
+    def first_frame(prompts, images, **columns):
+        seen.extend(images)
+        return [gray(frames[0]) for frames in images]
+
+    trainer = make_trainer(
+        tmp_path, method="flow", pipe=pipelines.wan(), reward_funcs=first_frame, max_steps=1, log_completions=True,
+        pipeline_kwargs={**SIZE, "num_frames": 5, "max_sequence_length": 16}, generation_batch_size=8,
+    )  # fmt: skip
+    trainer.train()
+    assert [len(frames) for frames in seen] == [5] * 8
+    assert (tmp_path / "images" / "train-000001.png").is_file()
+    assert trainer.watch.gradients[0].norm() > 1e-5
+
+
+def transition_mean(x, v, s, s_next, s_1, sde_type, a=0.7):
+    """Mean, standard deviation and the log-probability of the specification."""
+    dt = s_next - s
+    if sde_type == "sde":
+        std = a * math.sqrt(s / (1 - (s_1 if s == 1 else s)))
+        mean = x * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
+        std = std * math.sqrt(-dt)
+        return mean, std, lambda y: (-((y - mean) ** 2) / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))).mean()
+    std = s_next * math.sin(a * math.pi / 2)
+    mean = (1 - s_next) * (x - s * v) + math.sqrt(s_next**2 - std**2) * (x + (1 - s) * v)
+    return mean, std, lambda y: -((y - mean) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    "sde_type, beta, epsilon, scale_rewards, full",
+    [
+        ("sde", 0.0, 1.0, "group", False),
+        ("sde", 0.5, 3e-4, "group", False),
+        ("cps", 0.5, 1e-6, "batch", False),
+        ("sde", 0.5, 3e-4, "none", True),
+    ],
+)
+def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewards, full):
+    """The second update of a generation, image by image and step by step, against the logged loss and the gradient."""
+    G, U, T = 4, 2, 3
+    recorder, expected = Recorder(), {}
+
+    class ByHand(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                expected["loss"], expected["kl"], expected["clipped"] = by_hand()
+                parameters = [p for p in trainer.pipe.transformer.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(expected["loss"], parameters)
+                expected["gradient"] = torch.cat([gradient.flatten() for gradient in gradients])
+
+    def by_hand():
+        generation = trainer._generation
+        R = torch.tensor(recorder.rewards[-1]).view(-1, G)
+        A = R - R.mean(1, keepdim=True)
+        if scale_rewards != "none":
+            A = A / (
+                (R.std(1, keepdim=True, correction=0) if scale_rewards == "group" else R.std(correction=0)) + 1e-4
+            )
+        A = A.clamp(-0.9, 0.9).flatten().tolist()
+        counted = [i for i in range(1, 16, U) if R[i // G].std() > 0]  # images 1, 3, 5, ... are the second update's
+        assert 0 < len(counted) < 8
+        # Trained weights in the same pipeline, and a fresh pipeline as the reference.
+        options = {"guidance_scale": 2.0, "max_sequence_length": 16}
+        policy = PipelinePolicy(trainer.pipe, **options)
+        reference = PipelinePolicy(pipelines.stable_diffusion_3(t5=False), **options)
+        _, schedule, conditioning = policy.start(recorder.prompts[-1], T)
+        s = schedule.sigmas.tolist()
+        losses, kls, clipped = [], [], []
+        for i in counted:
+            for k in range(T - 1):
+                x, y = generation.latents[i : i + 1, k], generation.latents[i : i + 1, k + 1]
+                v = policy.predict(x, k, conditioning[[i]], schedule, grad=True)
+                mean, std, log_prob = transition_mean(x, v, s[k], s[k + 1], s[1], sde_type)
+                rho = (log_prob(y) - generation.log_probs[i, k]).exp()
+                loss = torch.max(-A[i] * rho, -A[i] * rho.clip(1 - epsilon, 1 + epsilon))
+                clipped.append(rho < 1 - epsilon if A[i] < 0 else rho > 1 + epsilon)
+                v = reference.predict(x, k, conditioning[[i]], schedule)
+                kl = ((mean - transition_mean(x, v, s[k], s[k + 1], s[1], sde_type)[0]) ** 2).mean() / (2 * std**2)
+                losses.append(loss + beta * kl)
+                kls.append(kl.item())
+        return torch.stack(losses).mean(), np.mean(kls), torch.stack(clipped).float().mean().item()
+
+    trainer = make_trainer(
+        tmp_path, method="flow", reward_funcs=recorder, sde_type=sde_type, beta=beta, epsilon=epsilon,
+        scale_rewards=scale_rewards, adv_clip_max=0.9, max_steps=2, train=prompts(4, easy=[1, 2]), full=full,
+        callbacks=[ByHand()], optim="sgd", learning_rate=1.0,
+    )  # fmt: skip
+    trainer.train()
+    gradient = trainer.watch.gradients[1]
+    assert ((gradient - expected["gradient"]).norm() / gradient.norm()).item() < 1e-4
+    assert gradient.norm() > 1e-4
+    assert logged(trainer, "loss")[1] == pytest.approx(expected["loss"].item(), abs=1e-5)
+    assert logged(trainer, "clip_ratio/region_mean")[1] == pytest.approx(expected["clipped"], abs=1e-6)
+    assert (0 < expected["clipped"] < 1) == (epsilon < 1)
+    if beta:
+        assert logged(trainer, "kl")[0] == 0
+        assert logged(trainer, "kl")[1] == pytest.approx(expected["kl"], rel=1e-3)
+        assert expected["kl"] > 1e-7
+
+
+def test_reference_in_full_training_stays(tmp_path):
+    trainer = make_trainer(tmp_path, method="flow", full=True, beta=0.1, learning_rate=1e-3, max_steps=4)
+    start = copy.deepcopy(trainer.pipe.transformer.state_dict())
+    trainer.train()
+    reference = trainer._reference_policy.denoiser
+    assert reference is not trainer.pipe.transformer
+    assert all(torch.equal(reference.state_dict()[name], value) for name, value in start.items())
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    kl = logged(trainer, "kl")
+    assert kl[0] == 0 and min(kl[1:]) > 0
+
+
+def test_adapter_is_on_after_training_with_a_reference(tmp_path):
+    trainer = make_trainer(tmp_path, method="flow", beta=0.1, learning_rate=0.05)
+    trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer._trained.values())
+    generator = torch.Generator().manual_seed(0)
+    image = trainer.pipe("a red circle", num_inference_steps=2, generator=generator, output_type="np").images
+    generator.manual_seed(0)
+    trainer.pipe.transformer.disable_adapters()
+    without = trainer.pipe("a red circle", num_inference_steps=2, generator=generator, output_type="np").images
+    assert np.abs(image - without).max() > 1e-3
+
+
+def test_window(tmp_path):
+    recorder = Recorder()
+    starts = []
+    trainer = make_trainer(
+        tmp_path, method="flow", reward_funcs=recorder, num_inference_steps=6, sde_window_size=2,
+        sde_window_range=[1, 5], max_steps=8,
+    )  # fmt: skip
+    generate = trainer._generate
+
+    def watched(step):
+        generate(step)
+        starts.append(trainer._generation.first_step.item())
+        assert trainer._generation.log_probs.shape == (16, 2)
+
+    trainer._generate = watched
+    assert trainer.args.gradient_accumulation_steps == 8 // 2 * 2
+    trainer.train()
+    assert len(starts) == 4 and len(set(starts)) > 1 and set(starts) <= {1, 2, 3}
+    assert logged(trainer, "nfe") == [6.0] * 4
+    deviations = logged(trainer, "ratio/max_deviation")
+    assert max(deviations[0::2]) <= 1e-5 < min(deviations[1::2])
+
+
+def test_negative_prompt_and_guidance_change_the_policy(tmp_path):
+    images = []
+    for config in ({}, {"negative_prompt": "blurry photo"}, {"guidance_scale": 5.0}):
+        recorder = Recorder()
+        make_trainer(tmp_path, method="flow", reward_funcs=recorder, max_steps=1, **config).train()
+        images.append(recorder.images[0].astype(int))
+    assert np.abs(images[1] - images[0]).max() > 2
+    assert np.abs(images[2] - images[0]).max() > 2
+
+
+def test_bf16(tmp_path):
+    """LoRA weights stay in float32, and what samples is what trains, also in mixed precision."""
+    pipe = pipelines.stable_diffusion_3(t5=False).to(torch.bfloat16)
+    trainer = make_trainer(tmp_path, method="flow", pipe=pipe, bf16=True, max_steps=4, optim="sgd", learning_rate=1.0)
+    trainer.train()
+    assert all(parameter.dtype == torch.float32 for parameter in trainer._trained.values())
+    assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in trainer.watch.gradients)
+    assert max(logged(trainer, "ratio/max_deviation")[0::2]) <= 1e-5
+
+
+def test_a_folder_as_model(tmp_path):
+    pipelines.stable_diffusion_3().save_pretrained(tmp_path / "pipeline")
+    trainer = make_trainer(tmp_path / "out", method="flow", pipe=str(tmp_path / "pipeline"), max_steps=1)
+    trainer.train()
+    expected = make_trainer(tmp_path / "out", method="flow", pipe=pipelines.stable_diffusion_3(), max_steps=1)
+    expected.train()
+    assert torch.equal(weights(trainer), weights(expected))
