@@ -750,7 +750,7 @@ class DiffusionTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._resumed_from = resume_from_checkpoint
+        self._resumed_from, self._generation = resume_from_checkpoint, None
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -779,14 +779,17 @@ class DiffusionTrainer(Trainer):
 
     def _resume_generation(self) -> None:
         path = os.path.join(self._resumed_from, f"generation_{self.accelerator.process_index}.safetensors")
-        if not os.path.isfile(path):
+        generation = Generation.load(path, self.accelerator.device) if os.path.isfile(path) else None
+        size = self.args.generation_batch_size // self.accelerator.num_processes
+        if generation is None or len(generation.rows) != size:
+            found = "no file" if generation is None else f"{len(generation.rows)} images, not {size}, in"
             raise ValueError(
-                f"`resume_from_checkpoint={self._resumed_from!r}` was written within a generation but has no file "
+                f"`resume_from_checkpoint={self._resumed_from!r}` was written within a generation but has {found} "
                 f"{os.path.basename(path)}: resume with the number of processes that wrote it, or from a checkpoint at "
                 f"a multiple of {self._updates_per_generation} updates."
             )
-        self._generation = Generation.load(path, self.accelerator.device)
-        self._conditioning, self._prompt_index = self._encode(self._generation.rows.tolist())
+        self._generation = generation
+        self._conditioning, self._prompt_index = self._encode(generation.rows.tolist())
 
     def create_model_card(
         self,
@@ -810,7 +813,10 @@ class DiffusionTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         args, output_dir = self.args, Path(self.args.output_dir)
-        history = self.state.log_history
+        updates = self.state.global_step
+        if args.load_best_model_at_end and self.state.best_global_step and not self.is_in_train:
+            updates = self.state.best_global_step
+        history = [entry for entry in self.state.log_history if entry["step"] <= updates]
         prefix = "eval_" if any("eval_reward" in entry for entry in history) else ""
         scored = [entry for entry in history if f"{prefix}reward" in entry]
         rewards = []
@@ -818,7 +824,8 @@ class DiffusionTrainer(Trainer):
             values = [entry[prefix + name] for entry in scored if prefix + name in entry]
             if values:
                 rewards.append({"name": name, "before": values[0], "after": values[-1]})
-        grids = sorted((output_dir / "images").glob("eval-*.png")) or sorted((output_dir / "images").glob("*.png"))
+        grids = [path for path in (output_dir / "images").glob("*.png") if int(path.stem.split("-")[-1]) <= updates]
+        grids = sorted(path for path in grids if path.name.startswith("eval")) or sorted(grids)
         tags = [tags] if isinstance(tags, str) else tags or []
         shown = ["learning_rate", *self._card_arguments]
         card = ModelCard.from_template(
@@ -840,7 +847,7 @@ class DiffusionTrainer(Trainer):
             paper=self._paper,
             lora=self.policy.denoiser.peft_config[self.policy.denoiser.active_adapters()[0]] if self.is_lora else None,
             hyperparameters={name: getattr(args, name) for name in shown},
-            updates=self.state.global_step,
+            updates=updates,
             held_out=bool(prefix),
             rewards=rewards,
             reward_weights=dict(zip(self.reward_names, self.reward_weights.tolist(), strict=True)),

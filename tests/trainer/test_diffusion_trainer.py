@@ -292,6 +292,22 @@ def test_killed_within_a_generation_and_resumed(tmp_path, straight):
     assert_equal_trainers(resumed, straight)
 
 
+def test_resumed_by_the_trainer_that_went_further(tmp_path, straight):
+    trainer = make_trainer(tmp_path, **SAVING)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_equal_trainers(trainer, straight)
+
+
+def test_generation_of_another_size_is_not_resumed(tmp_path):
+    make_trainer(tmp_path, **SAVING | {"max_steps": 1}).train()
+    with pytest.raises(ValueError, match=r"16 images, not 32, in generation_0.*multiple of 2 updates"):
+        make_trainer(tmp_path, generation_batch_size=32, **SAVING).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-1" / "generation_0.safetensors").unlink()
+    with pytest.raises(ValueError, match="no file generation_0"):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("place", ["optimizer", "generation", "weights", "average", "rename"])
 def test_killed_while_saving(tmp_path, straight, place):
     def child():
@@ -358,6 +374,9 @@ def test_best_model_is_loaded_at_the_end(tmp_path, limit):
     assert Path(trainer.state.best_model_checkpoint) == tmp_path / "checkpoint-2"
     assert torch.equal(weights(trainer), seen[2][0]) and torch.equal(averages(trainer), seen[2][1])
     assert not torch.equal(seen[2][0], seen[4][0])
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "of 2 updates" in card and "| reward | 0.1000 | 0.5000 |" in card and "images/eval-000002.png" in card
     if limit:
         assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
 
