@@ -180,6 +180,7 @@ def two_processes(tmp_path_factory):
         {"output_dir": str(folder / "sgd"), **BASE, **evaluation},
         {"output_dir": str(folder / "straight"), **adam, **saving, **evaluation, **best},
         {"output_dir": str(folder / "resumed"), **adam, "resume": str(folder / "straight" / "checkpoint-3")},
+        {"output_dir": str(folder / "skipped"), "easy": list(range(8)), "beta": 0.1, "max_steps": 3},
     ]
     (folder / "spec.json").write_text(json.dumps(specs))
     # With `--cpu`, accelerate would start one process only; `use_cpu=True` of the trainer is what counts.
@@ -214,6 +215,13 @@ def test_two_processes_train_the_same(two_processes, base_run, tmp_path):
     assert first["evaluated"] == second["evaluated"] == [True] * 8 + [False] * 2 + [True] * 2
     print("gradients", [relative(a, b) for a, b in zip(first["gradients"], expected["gradients"], strict=True)])
     print("change of the weights", relative(first["change"], expected["change"]))
+
+
+def test_two_processes_skip_all(two_processes):
+    for result in two_processes[1][3]:
+        assert not result["change"].any()
+        # Without a gradient too, the processes meet in the last micro-batch of an update
+        assert result["evaluated"] == 3 * [False, False, False, True]
 
 
 def test_two_processes_resume_and_load_the_best(two_processes):
