@@ -1,6 +1,8 @@
 """Reward for legible text: what a real OCR engine reads in the image against what was asked for."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from ..utils import import_extra
 
 # Up to this size an image is taken as one word and read without looking for text boxes first.
 SMALL_SIDE = 64
+# Images per task of a worker, and the largest number of workers; each has an engine of its own.
+BATCH_SIZE, MAX_WORKERS = 12, 8
 # The recogniser's input (width, height) for a small image: twice as wide as high, so that narrow letters stay apart.
 SMALL_INPUT = (96, 48)
 
@@ -27,8 +31,8 @@ class OCRReward:
 
     Images whose longer side is at most 64 pixels are read as one word, in batches (about 6 ms each on one CPU core).
     In larger ones text is looked for first, and all that is found is joined from top to bottom (about 60 ms at
-    256 x 256 and 110 ms at 512 x 512). The engine uses as many threads as torch does (`torch.get_num_threads()`) when
-    it is constructed.
+    256 x 256 and 110 ms at 512 x 512). Images are read in parallel, by as many threads as torch has
+    (`torch.get_num_threads()`) when the reward is constructed, at most 8.
 
     Raises:
         MissingExtraError: if the packages of the extra `ocr` are not installed.
@@ -53,13 +57,18 @@ class OCRReward:
         purpose = "The OCR reward (Python 3.12 at most)"
         engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=purpose)
         self._distance = import_extra("rapidfuzz.distance", extra="ocr", purpose=purpose).Levenshtein.distance
-        self._engine = engine.RapidOCR(
-            intra_op_num_threads=torch.get_num_threads(),
-            inter_op_num_threads=1,
-            # The defaults pad every word to 320 x 48 and enlarge every image to 736 pixels: three times slower.
-            rec_img_shape=[3, SMALL_INPUT[1], SMALL_INPUT[0]],
-            det_limit_side_len=320,
-        )
+        self._local = threading.local()
+
+        def start():
+            self._local.engine = engine.RapidOCR(
+                intra_op_num_threads=1,
+                inter_op_num_threads=1,
+                # The defaults pad every word to 320 x 48 and enlarge every image to 736 pixels: three times slower.
+                rec_img_shape=[3, SMALL_INPUT[1], SMALL_INPUT[0]],
+                det_limit_side_len=320,
+            )
+
+        self._workers = ThreadPoolExecutor(min(torch.get_num_threads(), MAX_WORKERS), initializer=start)
 
     def __call__(
         self, prompts: list[str], images: list[Image.Image], text: list[str | None] | None = None, **columns: Any
@@ -92,16 +101,23 @@ class OCRReward:
         return scores
 
     def _read(self, images: list[Image.Image]) -> list[str]:
-        readings = [""] * len(images)
         small = [i for i, image in enumerate(images) if max(image.size) <= SMALL_SIDE]
-        inputs = [_to_bgr(images[i].convert("RGB").resize(SMALL_INPUT, Image.Resampling.BICUBIC)) for i in small]
-        recognised, _ = self._engine.text_rec(inputs)
-        for i, (reading, _) in zip(small, recognised, strict=True):
-            readings[i] = reading
-        for i in set(range(len(images))) - set(small):
-            found, _ = self._engine(_to_bgr(images[i].convert("RGB")), use_cls=False)
-            readings[i] = "".join(reading for _, reading, _ in found or [])
-        return readings
+        tasks = [small[start : start + BATCH_SIZE] for start in range(0, len(small), BATCH_SIZE)]
+        tasks += [[i] for i in range(len(images)) if max(images[i].size) > SMALL_SIDE]
+        texts = self._workers.map(lambda task: self._read_batch([images[i] for i in task]), tasks)
+        readings = {
+            i: text for task, batch in zip(tasks, texts, strict=True) for i, text in zip(task, batch, strict=True)
+        }
+        return [readings[i] for i in range(len(images))]
+
+    def _read_batch(self, images: list[Image.Image]) -> list[str]:
+        engine = self._local.engine
+        if max(images[0].size) > SMALL_SIDE:
+            found, _ = engine(_to_bgr(images[0].convert("RGB")), use_cls=False)
+            return ["".join(reading for _, reading, _ in found or [])]
+        inputs = [_to_bgr(image.convert("RGB").resize(SMALL_INPUT, Image.Resampling.BICUBIC)) for image in images]
+        recognised, _ = engine.text_rec(inputs)
+        return [reading for reading, _ in recognised]
 
 
 def _to_bgr(image: Image.Image) -> np.ndarray:
