@@ -41,6 +41,7 @@ from ..callbacks import EMACallback, log_image, save_image_grid
 from ..policy import Conditioning, PipelinePolicy, Schedule
 from ..rewards import get_reward_func, reward_name
 from ..rollout import rollout
+from ..tiny import FLOW_FOLDER
 from ..transitions import Transition, kl_divergence
 from .diffusion_config import DiffusionConfig
 
@@ -184,7 +185,9 @@ class DiffusionTrainer(Trainer):
             init_kwargs |= args.model_init_kwargs or {}
             if isinstance(init_kwargs["dtype"], str):  # from the command line
                 init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
-            model = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+            components = DiffusionPipeline.load_config(model)
+            absent = {name: None for name, value in components.items() if value == [None, None]}  # saved without them
+            model = DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
         self._check_pipeline(model)
         self.pipe = model
         options = {"negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
@@ -791,6 +794,10 @@ class DiffusionTrainer(Trainer):
         self._generation = generation
         self._conditioning, self._prompt_index = self._encode(generation.rows.tolist())
 
+    @property
+    def _is_tiny(self) -> bool:
+        return Path(self.model_name) == FLOW_FOLDER
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -839,9 +846,10 @@ class DiffusionTrainer(Trainer):
             template_str=(files("flow_trl") / "templates" / "diffusion_model_card.md").read_text(),
             model_name=model_name or (args.hub_model_id or output_dir.resolve().name).split("/")[-1],
             repo=args.hub_model_id or str(output_dir),
-            base_model=self.model_name,
+            base_model="flow_trl.tiny" if self._is_tiny else self.model_name,
+            is_tiny=self._is_tiny,
             is_lora=self.is_lora,
-            pipeline_kwargs=args.pipeline_kwargs or {},
+            pipeline_kwargs=self.eval_policy.call_kwargs,
             trainer=type(self).__name__,
             method=self._name,
             paper=self._paper,
