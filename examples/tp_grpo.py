@@ -103,6 +103,7 @@ TINY = {
     "report_to": "none",
     "save_strategy": "no",
 }
+TINY_WORDS = {"learning_rate": 2e-3, "max_steps": 40}
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -167,7 +168,8 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, TPGRPOConfig))
     parser.set_defaults(output_dir=f"outputs/tp_grpo_{arguments.task}", eval_on_start=True)
     if arguments.model_name_or_path is None:
-        parser.set_defaults(lora_rank=16, lora_alpha=32, **TINY)
+        words = TINY_WORDS if arguments.task == "words" else {}
+        parser.set_defaults(**{"lora_rank": 16, "lora_alpha": 32, **TINY, **words})
     arguments, args = parser.parse_args_and_config()
 
     train_dataset, eval_dataset = load_prompts(arguments)
