@@ -179,7 +179,7 @@ class DiffusionTrainer(Trainer):
             )
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
-        self.model_name = model if isinstance(model, str) else model.name_or_path or type(model).__name__
+        self.model_name = str(model if isinstance(model, str) else model.name_or_path or type(model).__name__)
         if isinstance(model, str):
             init_kwargs = {"dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32}
             init_kwargs |= args.model_init_kwargs or {}
