@@ -178,6 +178,7 @@ class LearningCurveCallback(TrainerCallback):
                 axes.plot(*zip(*points, strict=True), marker="o", label=name.split("/")[-2] + ", held out")
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
+            axes.locator_params(axis="x", nbins=5)
         figure.axes[0].set_ylabel("reward")
         figure.axes[0].legend()
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)

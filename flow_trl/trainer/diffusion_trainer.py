@@ -410,14 +410,18 @@ class DiffusionTrainer(Trainer):
                 batch_size=args.per_device_rollout_batch_size,
                 callback=lambda _: bar.update(),
             )
-        rollout_seconds, reward_seconds, scores = time.perf_counter() - started, 0.0, []
-        for k, latents in enumerate(trajectory.finals):
-            started = time.perf_counter()
-            images = self._decode(self.policy, latents, conditioning, prompt_index, args.per_device_rollout_batch_size)
-            decoded = time.perf_counter()
-            scores.append(self._score(images, examples, trained_only=k + 1 < len(trajectory.finals)))
-            rollout_seconds += decoded - started
-            reward_seconds += time.perf_counter() - decoded
+        images = self._decode(
+            self.policy,
+            trajectory.finals.flatten(0, 1),
+            conditioning,
+            prompt_index * len(trajectory.finals),
+            args.per_device_rollout_batch_size,
+        )
+        sampled = time.perf_counter()
+        images = [images[first : first + len(rows)] for first in range(0, len(images), len(rows))]
+        scores = [self._score(part, examples, trained_only=True) for part in images[:-1]]
+        scores.append(self._score(images[-1], examples))
+        rewarded = time.perf_counter()
         scores = self.accelerator.gather(torch.stack(scores, dim=1).to(self.accelerator.device)).cpu()  # (N, K + 1, F)
         rewards = (scores * self.reward_weights)[..., self.reward_weights != 0].nansum(dim=-1)
         advantages = self._advantages(rewards).clamp(-args.adv_clip_max, args.adv_clip_max)
@@ -461,14 +465,14 @@ class DiffusionTrainer(Trainer):
                 "frac_reward_zero_std": 1 - active.float().mean().item(),
                 "nfe": (self.policy.evaluations - evaluations) / size,
                 "reward_calls": len(trajectory.finals),
-                "time/rollout": rollout_seconds,
-                "time/reward": reward_seconds,
+                "time/rollout": sampled - started,
+                "time/reward": rewarded - sampled,
             }
             | self._score_metrics(scores[:, -1])
         )
         self._totals["total_nfe"] += round(self._metrics["nfe"][-1] * args.generation_batch_size)
         self._totals["total_reward_calls"] += len(trajectory.finals) * args.generation_batch_size
-        self._save_samples_next = (images, "train") if args.log_completions else None
+        self._save_samples_next = (images[-1], "train") if args.log_completions else None
 
     def _score_metrics(self, scores: torch.Tensor) -> dict[str, float]:
         metrics = {}
