@@ -185,7 +185,7 @@ class DiffusionTrainer(Trainer):
             init_kwargs |= args.model_init_kwargs or {}
             if isinstance(init_kwargs["dtype"], str):  # from the command line
                 init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
-            components = DiffusionPipeline.load_config(model)
+            components = DiffusionPipeline.load_config(model) if os.path.isdir(model) else {}
             absent = {name: None for name, value in components.items() if value == [None, None]}  # saved without them
             model = DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
         self._check_pipeline(model)
