@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flow-trl[ocr,plots] @ git+https://github.com/flow-trl/flow_trl"]
+# dependencies = ["flow-trl[ocr,plots]"]
 # ///
 """
 Trains a flow-matching pipeline with TP-GRPO, and shows what it learnt: a table and pictures from before and after, a
@@ -21,6 +21,7 @@ A real model on GPUs (see examples/README.md for the paper's settings):
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig
@@ -81,21 +82,21 @@ class ScriptArguments:
 
 
 # What suits the tiny world on two CPU cores, where it differs from the paper's setting: no guidance (half the cost),
-# few denoising steps, of which the first two, which lay out the picture, are stochastic and trained.
+# and few denoising steps, of which the first three, which lay out the picture, are stochastic and trained.
 TINY = {
     "pipeline_kwargs": {"max_sequence_length": 0},
     "num_inference_steps": 6,
     "eval_num_inference_steps": 10,
     "guidance_scale": 1.0,
-    "sde_window_size": 2,
-    "sde_window_range": [0, 2],
+    "sde_window_size": 3,
+    "sde_window_range": [0, 3],
     "num_generations": 16,
     "generation_batch_size": 256,
     "per_device_train_batch_size": 128,
     "per_device_rollout_batch_size": 256,
     "per_device_eval_batch_size": 250,
     "updates_per_generation": 1,
-    "max_steps": 60,
+    "max_steps": 45,
     "learning_rate": 1e-3,
     "beta": 0.0,
     "ema_decay": 0.0,
@@ -103,7 +104,7 @@ TINY = {
     "report_to": "none",
     "save_strategy": "no",
 }
-TINY_WORDS = {"learning_rate": 2e-3, "max_steps": 40}
+TINY_WORDS = {"learning_rate": 2e-3, "max_steps": 30}
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -119,18 +120,22 @@ def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
     else:
         data = load_dataset(name)
     if "test" not in data:
-        data = data["train"].train_test_split(test_size=min(arguments.eval_size, len(data["train"]) // 10), seed=0)
+        data = data["train"].train_test_split(
+            test_size=max(1, min(arguments.eval_size, len(data["train"]) // 10)), seed=0
+        )
     data = DatasetDict(data)
     return data["train"], data["test"].select(range(min(arguments.eval_size, len(data["test"]))))
 
 
-def reward_functions(arguments: ScriptArguments) -> tuple[list, list[float]]:
+def reward_functions(arguments: ScriptArguments, device: torch.device) -> tuple[list, list[float]]:
     """Reward functions and their weights; strict accuracy is watched, not trained."""
     if arguments.reward_funcs is not None:
         return arguments.reward_funcs, [1.0] * len(arguments.reward_funcs)
     if arguments.task == "words":
         return ["ocr"], [1.0]
-    detector = None if arguments.model_name_or_path is None else TransformersDetector(arguments.detector)
+    detector = (
+        None if arguments.model_name_or_path is None else TransformersDetector(arguments.detector, device=device)
+    )
     return [SceneReward(detector), SceneReward(detector, strict=True)], [1.0, 0.0]
 
 
@@ -164,7 +169,7 @@ def draw_before_and_after(folder: Path, last_step: int, prompts: list[str]) -> N
 
 def main() -> None:
     # The model decides the defaults, so it is read first.
-    arguments, *_ = TrlParser(ScriptArguments).parse_args_and_config(return_remaining_strings=True)
+    arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
     parser = TrlParser((ScriptArguments, TPGRPOConfig))
     parser.set_defaults(output_dir=f"outputs/tp_grpo_{arguments.task}", eval_on_start=True)
     if arguments.model_name_or_path is None:
@@ -173,7 +178,7 @@ def main() -> None:
     arguments, args = parser.parse_args_and_config()
 
     train_dataset, eval_dataset = load_prompts(arguments)
-    reward_funcs, weights = reward_functions(arguments)
+    reward_funcs, weights = reward_functions(arguments, args.device)
     args.reward_weights = weights if args.reward_weights is None else args.reward_weights
     peft_config = None
     if arguments.lora_rank:

@@ -161,12 +161,18 @@ class LearningCurveCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._draw(args, state)
 
+    @staticmethod
+    def _cost(costs: list[dict], step: int) -> dict:
+        """The last known costs up to an update."""
+        return [entry for entry in costs if entry["step"] <= step][-1]
+
     def _draw(self, args: Any, state: Any) -> None:
         train = [entry for entry in state.log_history if "reward" in entry]
         if not state.is_world_process_zero or not train:
             return
-        costs = {0: {"step": 0, "total_nfe": 0, "total_reward_calls": 0}} | {entry["step"]: entry for entry in train}
-        evaluations = [entry for entry in state.log_history if "eval_reward" in entry and entry["step"] in costs]
+        costs = [{"step": 0, "total_nfe": 0, "total_reward_calls": 0}]
+        costs += [entry for entry in state.log_history if "total_nfe" in entry]
+        evaluations = [entry for entry in state.log_history if "eval_reward" in entry]
         figure = self._figure.Figure(figsize=(12, 3.6), layout="constrained")
         labels = {"step": "updates", "total_nfe": "denoiser evaluations", "total_reward_calls": "reward calls"}
         for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
@@ -174,7 +180,9 @@ class LearningCurveCallback(TrainerCallback):
                 [entry[key] for entry in train], [entry["reward"] for entry in train], alpha=0.5, label="training"
             )
             for name in sorted({name for entry in evaluations for name in entry if name.endswith("/mean")}):
-                points = [(costs[entry["step"]][key], entry[name]) for entry in evaluations if name in entry]
+                points = [
+                    (self._cost(costs, entry["step"])[key], entry[name]) for entry in evaluations if name in entry
+                ]
                 axes.plot(*zip(*points, strict=True), marker="o", label=name.split("/")[-2] + ", held out")
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)

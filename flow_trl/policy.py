@@ -336,6 +336,11 @@ class PipelinePolicy:
         self._call(
             stand_in, _no_evaluation, conditioning, num_inference_steps=num_inference_steps, generator=generator
         )
+        if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
+            raise ValueError(
+                f"`pipe.scheduler` is a {type(self.pipe.scheduler).__name__}, which scales the denoiser's input by the step; "
+                "a policy cannot. Set `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
+            )
         sigmas = getattr(stand_in, "sigmas", None)
         sigmas = None if sigmas is None else torch.as_tensor(sigmas).detach().float().cpu()
         return Start(stand_in.sample.float(), Schedule(stand_in.timesteps, sigmas), conditioning)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flow-trl @ git+https://github.com/flow-trl/flow_trl"]
+# dependencies = ["flow-trl"]
 # ///
 """
 Rollout benchmark: the wavefront against the order of the paper's code, in one run, on the same noise.

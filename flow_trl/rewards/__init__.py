@@ -8,7 +8,8 @@ f(prompts=[...], images=[...], **columns) -> list[float | None]
 ```
 
 * `prompts` (`list[str]`): the prompt of each image.
-* `images` (`list[PIL.Image.Image]`): the images to score, as many as there are prompts.
+* `images` (`list[PIL.Image.Image]`): the images to score, as many as there are prompts. For videos of more than one
+  frame each is a list of frames; the built-in functions take single images.
 * `columns` (`list` each): every other column of the data set, by its name, one entry per image. A function names the
   columns that it needs and takes the others with `**columns`.
 

@@ -43,7 +43,7 @@ class DiffusionConfig(TrainingArguments):
         logging_steps (`float`, *optional*, defaults to `1`):
             Number of updates between two logs.
         bf16 (`bool`, *optional*):
-            Whether to train in bfloat16. If not set, `True` on GPUs that have it, unless `fp16` is set.
+            Whether to train in bfloat16. If not set, `True` on GPUs that have it, unless `fp16` or `use_cpu` is set.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
             Not used: every column reaches the reward functions.
         model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -233,5 +233,5 @@ class DiffusionConfig(TrainingArguments):
         self._check_types()
         self._validate()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()

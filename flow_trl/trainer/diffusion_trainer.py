@@ -232,6 +232,10 @@ class DiffusionTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled and not self.is_lora:
+            raise ValueError(
+                "`peft_config=None` trains all weights, which does not work with FSDP: pass a `LoraConfig`, or use DDP."
+            )
         processes = self.accelerator.num_processes
         images = args.per_device_train_batch_size * processes * args.updates_per_generation
         if args.gradient_accumulation_steps * images != args.generation_batch_size * args.num_trained_steps:
@@ -246,8 +250,10 @@ class DiffusionTrainer(Trainer):
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.ema = None
         if args.ema_decay:
-            if self.is_fsdp_enabled:
-                raise ValueError(f"`ema_decay={args.ema_decay}` does not work with FSDP: set `ema_decay=0`.")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"`ema_decay={args.ema_decay}` does not work with FSDP or DeepSpeed: set `ema_decay=0`."
+                )
             self.ema = EMACallback(self._trained, args.ema_decay, args.ema_update_steps)
             self.add_callback(self.ema)
         self._reference_policy = self._make_reference_policy(options)
@@ -641,7 +647,8 @@ class DiffusionTrainer(Trainer):
         self._check_dataset("eval_dataset", eval_dataset)
         args, started = self.args, time.perf_counter()
         processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
-        rows = [min(row, size - 1) for row in range(rank, -(-size // processes) * processes, processes)]
+        share = -(-size // processes)
+        rows = [min(row, size - 1) for row in range(rank * share, (rank + 1) * share)]
         scores, shown = [], []
         with self._evaluated_weights(), self._progress(len(rows), "Evaluating") as bar:
             for chunk in torch.tensor(rows).split(args.per_device_eval_batch_size):
@@ -660,7 +667,7 @@ class DiffusionTrainer(Trainer):
                 shown += images[: args.num_images_to_save - len(shown)]
                 bar.update(len(chunk))
         scores = self.accelerator.gather(torch.cat(scores).to(self.accelerator.device)).cpu()
-        scores = scores.view(processes, -1, scores.shape[-1]).transpose(0, 1).flatten(0, 1)[:size]
+        scores = scores[:size]  # the last row is repeated so that all processes have as many
         rewards = (scores * self.reward_weights)[:, self.reward_weights != 0].nansum(dim=1)
         metrics = {"reward": rewards.mean().item(), "reward_se": rewards.std(unbiased=False).item() / size**0.5}
         metrics |= self._score_metrics(scores)
@@ -698,7 +705,7 @@ class DiffusionTrainer(Trainer):
                 metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
                 self.pipe.save_lora_weights(output_dir, **{f"{name}_lora_layers": layers}, **metadata)
             elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
-                denoiser.save_pretrained(os.path.join(output_dir, name), state_dict=state_dict)
+                denoiser.save_pretrained(os.path.join(output_dir, name))
             else:
                 self.pipe.save_pretrained(output_dir)
         if output_dir == self.args.output_dir:
@@ -785,6 +792,11 @@ class DiffusionTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _resume_generation(self) -> None:
+        if self._resumed_from is None:
+            raise ValueError(
+                "`resume_from_checkpoint` was written within a generation, which does not work with DeepSpeed: resume from "
+                f"a checkpoint at a multiple of {self._updates_per_generation} updates."
+            )
         path = os.path.join(self._resumed_from, f"generation_{self.accelerator.process_index}.safetensors")
         generation = Generation.load(path, self.accelerator.device) if os.path.isfile(path) else None
         size = self.args.generation_batch_size // self.accelerator.num_processes
