@@ -18,6 +18,7 @@ A real model on GPUs (see examples/README.md for the paper's settings):
         --dataset_name prompts.txt --reward_funcs ocr --pipeline_kwargs '{"height": 512, "width": 512}'
 """
 
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def draw_before_and_after(folder: Path, last_step: int, prompts: list[str]) -> N
             axes.imshow(grid.crop((i * size, 0, (i + 1) * size, size)))
             axes.set(xticks=[], yticks=[])
             if step == 0:
-                axes.set_title(prompts[i].removeprefix("a photo of "), fontsize=9, wrap=True)
+                axes.set_title(textwrap.fill(prompts[i].removeprefix("a photo of "), 24), fontsize=9)
         row[0].set_ylabel("after" if step else "before")
     figure.savefig(folder / "before_after.png", dpi=100)
 
