@@ -429,7 +429,7 @@ class DiffusionTrainer(Trainer):
         scores.append(self._score(images[-1], examples))
         rewarded = time.perf_counter()
         scores = self.accelerator.gather(torch.stack(scores, dim=1).to(self.accelerator.device)).cpu()  # (N, K + 1, F)
-        rewards = (scores * self.reward_weights)[..., self.reward_weights != 0].nansum(dim=-1)
+        rewards = self._weighted(scores)
         advantages = self._advantages(rewards).clamp(-args.adv_clip_max, args.adv_clip_max)
 
         # An update's images are the same whatever the number of processes
@@ -479,6 +479,10 @@ class DiffusionTrainer(Trainer):
         self._totals["total_nfe"] += round(self._metrics["nfe"][-1] * args.generation_batch_size)
         self._totals["total_reward_calls"] += len(trajectory.finals) * args.generation_batch_size
         self._save_samples_next = (images[-1], "train") if args.log_completions else None
+
+    def _weighted(self, scores: torch.Tensor) -> torch.Tensor:
+        """Rewards (...) from scores (..., F): the weighted sum over the functions that are trained and apply."""
+        return (scores * self.reward_weights)[..., self.reward_weights != 0].nansum(dim=-1)
 
     def _score_metrics(self, scores: torch.Tensor) -> dict[str, float]:
         metrics = {}
@@ -644,7 +648,8 @@ class DiffusionTrainer(Trainer):
             return metrics
         if eval_dataset is None:
             raise ValueError("`eval_dataset=None`: pass one to `evaluate` or to the trainer.")
-        self._check_dataset("eval_dataset", eval_dataset)
+        if eval_dataset is not self.eval_dataset:
+            self._check_dataset("eval_dataset", eval_dataset)
         args, started = self.args, time.perf_counter()
         processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
         share = -(-size // processes)
@@ -668,7 +673,7 @@ class DiffusionTrainer(Trainer):
                 bar.update(len(chunk))
         scores = self.accelerator.gather(torch.cat(scores).to(self.accelerator.device)).cpu()
         scores = scores[:size]  # the last row is repeated so that all processes have as many
-        rewards = (scores * self.reward_weights)[:, self.reward_weights != 0].nansum(dim=1)
+        rewards = self._weighted(scores)
         metrics = {"reward": rewards.mean().item(), "reward_se": rewards.std(unbiased=False).item() / size**0.5}
         metrics |= self._score_metrics(scores)
         for name, values in zip(self.reward_names, scores.T, strict=True):
