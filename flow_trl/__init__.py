@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .blocks import Block as Block
     from .policy import PipelinePolicy as PipelinePolicy
+    from .trainer.blockwise_grpo_config import BlockwiseGRPOConfig as BlockwiseGRPOConfig
+    from .trainer.blockwise_grpo_trainer import BlockwiseGRPOTrainer as BlockwiseGRPOTrainer
     from .trainer.flow_grpo_config import FlowGRPOConfig as FlowGRPOConfig
     from .trainer.flow_grpo_trainer import FlowGRPOTrainer as FlowGRPOTrainer
     from .trainer.tp_grpo_config import TPGRPOConfig as TPGRPOConfig
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
+    "Block": "flow_trl.blocks",
+    "BlockwiseGRPOConfig": "flow_trl.trainer.blockwise_grpo_config",
+    "BlockwiseGRPOTrainer": "flow_trl.trainer.blockwise_grpo_trainer",
     "FlowGRPOConfig": "flow_trl.trainer.flow_grpo_config",
     "FlowGRPOTrainer": "flow_trl.trainer.flow_grpo_trainer",
     "PipelinePolicy": "flow_trl.policy",

@@ -1,0 +1,266 @@
+"""Blocks of a completion: how they are found in its text, and which tokens belong to which."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Block:
+    r"""
+    A part of a completion with an objective of its own.
+
+    A block is found by its `tags` or by its `pattern`. Blocks keep their order: each is looked for after the end of
+    the one before, so a later block's tags within an earlier block, or before it, do not count. What stands before,
+    between and after blocks belongs to the block before it, and at the beginning to the first block.
+
+    The **first block** therefore always has tokens, whether its tags are there or not, and its reward always counts.
+    A **later block** that is missing has no tokens and no advantage, and its reward is left out of every baseline. Only
+    the logged mean `blocks/<name>/reward` counts it, with `missing_reward`. So nothing in a later block's own reward
+    makes the model write it: reward the format in the first block.
+
+    Args:
+        name (`str`):
+            Name of the block in logs, in the completions table and in `block_texts`.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Its reward functions, in everything as those of [`~trl.GRPOTrainer`]: called with the whole completions,
+            and with `block_texts`, the list of each completion's `{name: text}` (`None` if missing). `None` in what
+            they return means "not applicable".
+        tags (`str` or `tuple[str, ...]`, *optional*):
+            Names of the tags it is made of, in order, without brackets. The block begins with the first opening tag of
+            any of them and ends with the closing tag of the last. Without that closing tag (in a truncated completion)
+            it ends where the next block begins.
+        pattern (`str`, *optional*):
+            Instead of `tags`: a regular expression that matches the block (`.` matches newlines as well).
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function; by default 1.
+        outcome (`Callable`, *optional*):
+            For later blocks: a function, called like a reward function, that returns for each completion the discrete
+            outcome of what stands before the block (any hashable value; for a confidence, whether the solution was
+            correct). Only completions with the same outcome are compared. Needed for `baseline="outcome"`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Weight w of the block in the loss.
+        missing_reward (`float`, *optional*, defaults to `-1.0`):
+            What a completion without the block counts in the logged mean reward of the block.
+
+    Raises:
+        ValueError: if a field does not fit; the message names it and what would work.
+
+    Example:
+
+    ```python
+    from flow_trl import Block
+    from flow_trl.rewards.text import brier_reward, correctness_reward
+
+    blocks = [
+        Block("solution", correctness_reward, tags=("reasoning", "answer")),
+        Block("confidence", brier_reward, tags=("analysis", "confidence"), outcome=correctness_reward),
+    ]
+    ```
+    """
+
+    name: str
+    reward_funcs: Callable | list[Callable]
+    tags: str | tuple[str, ...] | None = None
+    pattern: str | None = None
+    reward_weights: list[float] | None = None
+    outcome: Callable | None = None
+    weight: float = 1.0
+    missing_reward: float = -1.0
+    _regex: re.Pattern = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if not self.name or not isinstance(self.name, str):
+            raise ValueError(f"`name={self.name!r}`: give the block a name.")
+        where = f"Block {self.name!r}: "
+        funcs = self.reward_funcs if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
+        if not funcs or not all(callable(func) or isinstance(func, str) for func in funcs):
+            raise ValueError(
+                f"{where}`reward_funcs={self.reward_funcs!r}`: pass a reward function or a list of at least one."
+            )
+        weights = [1.0] * len(funcs) if self.reward_weights is None else list(self.reward_weights)
+        if len(weights) != len(funcs):
+            raise ValueError(f"{where}`reward_weights` has {len(weights)} values for {len(funcs)} reward functions.")
+        if self.weight < 0:
+            raise ValueError(f"{where}`weight={self.weight}`: it must be at least 0.")
+        if self.outcome is not None and not callable(self.outcome):
+            raise ValueError(
+                f"{where}`outcome={self.outcome!r}`: pass a function, called like a reward function, that returns one "
+                "hashable value for each completion."
+            )
+        if (self.tags is None) == (self.pattern is None):
+            raise ValueError(f"{where}pass either `tags` or `pattern`; got {self.tags!r} and {self.pattern!r}.")
+        if self.tags is None:
+            try:
+                regex = re.compile(self.pattern, re.DOTALL)
+            except re.error as error:
+                raise ValueError(
+                    f"{where}`pattern={self.pattern!r}` is not a regular expression ({error}). "
+                    "Escape literal text with `re.escape`."
+                ) from error
+            if regex.match(""):
+                raise ValueError(f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do.")
+            tags = None
+        else:
+            tags = (self.tags,) if isinstance(self.tags, str) else tuple(self.tags)
+            if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
+                raise ValueError(
+                    f"{where}`tags={self.tags!r}`: pass the names of tags without brackets, such as "
+                    '("reasoning", "answer").'
+                )
+            opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
+            closing = re.escape(f"</{tags[-1]}>")
+            # The whole block if it is closed, else its opening tag.
+            regex = re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
+        for attribute, value in (
+            ("reward_funcs", list(funcs)),
+            ("reward_weights", weights),
+            ("tags", tags),
+            ("_regex", regex),
+        ):
+            object.__setattr__(self, attribute, value)
+
+
+class ParsedCompletion(NamedTuple):
+    """
+    Where the blocks of a completion are.
+
+    Args:
+        block_index (`list[int]` of length `T`):
+            For each token the number of its block.
+        texts (`list[str | None]` of length `n_blocks`):
+            Text of each block, its tags included; `None` if it is missing.
+    """
+
+    block_index: list[int]
+    texts: list[str | None]
+
+
+def check_blocks(blocks: Sequence[Block]) -> list[Block]:
+    """
+    Checks that blocks go together: at least one, names and tags that occur once.
+
+    Args:
+        blocks (`Sequence[Block]`):
+            The blocks in their order.
+
+    Returns:
+        `list[Block]`: the blocks.
+
+    Raises:
+        TypeError: if `blocks` is not a sequence of [`Block`].
+        ValueError: if there are none, or if two of them have the same name, share a tag or have the same pattern.
+    """
+    if not isinstance(blocks, list | tuple) or not all(isinstance(block, Block) for block in blocks):
+        raise TypeError(f"`blocks={blocks!r}`: pass a list of `flow_trl.Block`.")
+    if not blocks:
+        raise ValueError("`blocks` is empty: pass at least one `flow_trl.Block`.")
+    owner: dict[tuple[str, str], str] = {}
+    for block in blocks:
+        keys = [("pattern", block.pattern)] if block.tags is None else [("tag", tag) for tag in block.tags]
+        for kind, value in [("name", block.name), *dict.fromkeys(keys)]:
+            if (kind, value) in owner:
+                raise ValueError(
+                    f"`blocks` overlap: {owner[kind, value]!r} and {block.name!r} have the same {kind} {value!r}. "
+                    "Each block needs its own."
+                )
+            owner[kind, value] = block.name
+    return list(blocks)
+
+
+def find_blocks(text: str, blocks: Sequence[Block]) -> list[tuple[int, int] | None]:
+    """
+    Finds the blocks of a text in their order.
+
+    Args:
+        text (`str`):
+            A completion.
+        blocks (`Sequence[Block]`):
+            What to look for.
+
+    Returns:
+        `list[tuple[int, int] | None]`: for each block its first character and the one after its last; `None` if it is
+        missing.
+
+    Example:
+
+    ```python
+    >>> blocks = [Block("answer", len, tags="answer"), Block("confidence", len, tags="confidence")]
+    >>> find_blocks("<answer>4</answer> <confidence>0.9</confidence>", blocks)
+    [(0, 18), (19, 47)]
+    ```
+    """
+    matches, position = [], 0
+    for block in blocks:
+        match = block._regex.search(text, position)
+        matches.append(match)
+        position = match.end() if match else position
+    spans: list[tuple[int, int] | None] = []
+    following = len(text)
+    for block, match in zip(reversed(blocks), reversed(matches), strict=True):
+        if match is None:
+            spans.append(None)
+            continue
+        truncated = block.tags is not None and match["rest"] is None
+        spans.append((match.start(), following if truncated else match.end()))
+        following = match.start()
+    return spans[::-1]
+
+
+def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenizer: Any) -> ParsedCompletion:
+    """
+    Finds the blocks of a generated completion and says which token belongs to which.
+
+    A token belongs to the block that holds its first character (white space at its beginning does not count, as in the
+    offsets of tokenizers). That is found by decoding prefixes of the tokens that were generated, so it holds for every
+    tokenizer, whether encoding the text again would give the same tokens or not.
+
+    Args:
+        token_ids (`Sequence[int]` of length `T`):
+            Tokens of one completion, without padding.
+        blocks (`Sequence[Block]`):
+            What to look for.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes the tokens. Special tokens are kept, so tags may be special tokens.
+
+    Returns:
+        [`ParsedCompletion`]: `block_index` with each token in exactly one block, and `texts`.
+
+    Example:
+
+    ```python
+    >>> blocks = [Block("answer", len, tags="answer"), Block("confidence", len, tags="confidence")]
+    >>> ids = tokenizer("<answer>4</answer><confidence>0.9</confidence>").input_ids
+    >>> parse_completion(ids, blocks, tokenizer).texts
+    ['<answer>4</answer>', '<confidence>0.9</confidence>']
+    ```
+    """
+    token_ids = list(token_ids)
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    text = decode(token_ids)
+    spans = find_blocks(text, blocks)
+
+    def first_character(token: int) -> int:
+        # Half of a character decodes to something that the text does not hold, so it does not count.
+        return len(os.path.commonprefix([text, decode(token_ids[:token])]))
+
+    block_index = [0] * len(token_ids)
+    for number, span in enumerate(spans[1:], 1):
+        if span is None:
+            continue
+        low, high = 0, len(token_ids)
+        while low < high:  # the first token that begins at or after the block's first character
+            middle = (low + high) // 2
+            if first_character(middle) < span[0]:
+                low = middle + 1
+            else:
+                high = middle
+        if low and first_character(low) > span[0] and text[first_character(low - 1) : span[0]].isspace():
+            low -= 1
+        block_index[low:] = [number] * (len(token_ids) - low)
+    return ParsedCompletion(block_index, [None if span is None else text[slice(*span)] for span in spans])

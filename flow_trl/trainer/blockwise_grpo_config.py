@@ -1,0 +1,112 @@
+"""Arguments of [`BlockwiseGRPOTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..credit import BASELINES
+
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
+
+
+@dataclass
+class BlockwiseGRPOConfig(GRPOConfig):
+    r"""
+    Arguments of [`BlockwiseGRPOTrainer`]: all those of [`~trl.GRPOConfig`], and how a block's baseline is estimated.
+
+    The setting of [the paper](https://huggingface.co/papers/2602.10231) is `num_generations=32`, a generation of 2048
+    completions, `learning_rate=1e-6` with 64 warm-up steps, `beta=0`, `temperature=1`, and adaptive entropy
+    (`use_adaptive_entropy=True, entropy_target=0.2, entropy_coef_delta=5e-4`).
+
+    Only the arguments that differ from [`~trl.GRPOConfig`] are listed.
+
+    Args:
+        baseline (`str`, *optional*, defaults to `"outcome"`):
+            What a later block's reward is compared with (the first block's always with its group):
+
+            - `"outcome"`: the mean over those of the group whose prefix had the same outcome (the paper's method).
+            - `"group"`: the mean of the prompt's group.
+            - `"batch"`: the mean of the generation.
+            - `"none"`: 0.
+        min_stratum_size (`int`, *optional*, defaults to `1`):
+            With fewer completions of the same outcome in the group, the group's mean is taken instead.
+        shrinkage (`float`, *optional*, defaults to `0.0`):
+            Pulls the mean of n completions with the same outcome towards the group's: its weight is
+            n / (n + shrinkage).
+        leave_one_out (`bool`, *optional*, defaults to `False`):
+            Whether a completion is left out of the means that it is compared with.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            As in [`~trl.GRPOConfig`], of those that can carry an advantage per token: `"grpo"`, `"bnpo"`, `"dr_grpo"`,
+            `"dapo"`, `"cispo"`, `"sapo"` and `"vespo"`. Whatever the type's own normalisation, each block of a
+            completion weighs the same, so the first four are one and the same policy loss here; they differ in what
+            the KL term is divided by.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
+            What a block's advantage is divided by: `"none"`, `"group"` or `"batch"` (standard deviation of its reward
+            in the group or the generation).
+
+    Raises:
+        ValueError: if an argument is out of range or cannot carry an advantage per block.
+    """
+
+    baseline: str = field(
+        default="outcome",
+        metadata={"help": "What a later block's reward is compared with.", "choices": list(BASELINES)},
+    )
+    min_stratum_size: int = field(
+        default=1,
+        metadata={"help": "With fewer completions of the same outcome in the group, the group's mean is taken."},
+    )
+    shrinkage: float = field(
+        default=0.0,
+        metadata={"help": "The mean of n completions with the same outcome weighs n / (n + shrinkage)."},
+    )
+    leave_one_out: bool = field(
+        default=False, metadata={"help": "Whether a completion is left out of the means it is compared with."}
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "Type of the loss, as in TRL. Each block weighs the same.", "choices": list(LOSS_TYPES)},
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "What a block's advantage is divided by: `none`, `group` or `batch`."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("baseline", self.baseline in BASELINES, f"choose one of {', '.join(BASELINES)}")
+        self._require("min_stratum_size", self.min_stratum_size >= 1, "it must be at least 1, which switches it off")
+        self._require(
+            "min_stratum_size",
+            self.min_stratum_size <= self.num_generations,
+            f"no stratum of a group of `num_generations={self.num_generations}` is that large",
+        )
+        self._require(
+            "shrinkage", 0 <= self.shrinkage < math.inf, "it must be at least 0, which switches it off, and finite"
+        )
+        self._require("scale_rewards", self.scale_rewards in ("none", "group", "batch"), "choose none, group or batch")
+        self._require(
+            "loss_type",
+            self.loss_type != "luspo",
+            "LUSPO's ratio is the whole sequence's, so a block's advantage would move the tokens of all blocks. "
+            f"Choose one of {', '.join(LOSS_TYPES)}",
+        )
+        self._require("loss_type", self.loss_type in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}")
+        self._require(
+            "importance_sampling_level",
+            self.importance_sampling_level == "token",
+            "only 'token' can carry an advantage per block: with a ratio of the whole sequence, a block's advantage "
+            "would move the tokens of all blocks",
+        )
+        self._require(
+            "multi_objective_aggregation",
+            self.multi_objective_aggregation == "sum_then_normalize",
+            "only 'sum_then_normalize' is supported: the rewards of a block are summed, and blocks are kept apart",
+        )
+        self._require("reward_weights", self.reward_weights is None, "give them to each `Block` as `reward_weights`")
+
+    def _require(self, name: str, condition: bool, remedy: str) -> None:
+        if not condition:
+            raise ValueError(f"`{name}={getattr(self, name)!r}`: {remedy}.")

@@ -1,0 +1,239 @@
+"""GRPO with one advantage for each block of a completion."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+
+from ..blocks import Block, check_blocks, parse_completion
+from ..credit import block_advantages, token_advantages
+from .blockwise_grpo_config import BlockwiseGRPOConfig
+
+
+class BlockwiseGRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for [Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231). The only change against
+    [`~trl.GRPOTrainer`] is that each block of a completion has its own reward and its own advantage, which only its own
+    tokens carry:
+
+    $$ \mathcal{L} = -\frac{1}{G} \sum_{i=1}^G \sum_k \frac{w_k}{|T_{i,k}|} \sum_{t \in T_{i,k}}
+    \min\big(\rho_{i,t} A_{i,k},\ \operatorname{clip}(\rho_{i,t}, 1 - \varepsilon, 1 + \varepsilon) A_{i,k}\big) $$
+
+    with \\( T_{i,k} \\) the tokens of block \\( k \\) of completion \\( i \\). A missing later block has no tokens, and
+    its reward is in no baseline.
+
+    Beside TRL's metrics it logs, for each block, `blocks/<name>/found` (share of completions that have it), `/reward`
+    (mean, with `missing_reward` for those that do not), `/length` (mean number of tokens) and `/zero_advantage` (share
+    of those found that have nothing to learn from). With `log_completions=True` the table of completions has each
+    block's reward, outcome and advantage; its column `advantage` is the sum over the blocks.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`~trl.GRPOTrainer`].
+        blocks (`list[Block]`):
+            The blocks in their order, with their reward functions.
+        args ([`BlockwiseGRPOConfig`], *optional*):
+            Arguments. If not set, the defaults.
+        train_dataset, eval_dataset, kwargs:
+            As in [`~trl.GRPOTrainer`], without `reward_funcs`. `reward_processing_classes` follow the reward functions
+            of all blocks in their order.
+
+    Raises:
+        ValueError: before anything is loaded, if blocks overlap, have no outcome that the baseline needs, or arguments
+            do not fit.
+        TypeError: if `blocks` or `args` is of another type, or, in training, an outcome is not hashable.
+
+    Example:
+
+    ```python
+    from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer
+    from flow_trl.tasks import confidence_task
+
+    task = confidence_task()
+    trainer = BlockwiseGRPOTrainer(
+        model="Qwen/Qwen2.5-3B-Instruct",
+        blocks=task.blocks,
+        args=BlockwiseGRPOConfig("calibrated"),
+        train_dataset=task.prepare(dataset),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+    """
+
+    _tag_names = ["trl", "flow-trl", "blockwise-grpo"]
+    _name = "Blockwise GRPO"
+    _paper = {
+        "title": "Blockwise Advantage Estimation for Multi-Objective RL with Verifiable Rewards",
+        "id": "2602.10231",
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        blocks: list[Block],
+        args: BlockwiseGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        self.blocks = check_blocks(blocks)
+        if "reward_funcs" in kwargs:
+            raise ValueError("`reward_funcs`: give each `Block` its own reward functions instead.")
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = BlockwiseGRPOConfig(f"{name.split('/')[-1]}-Blockwise-GRPO")
+        if not isinstance(args, BlockwiseGRPOConfig):
+            raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `BlockwiseGRPOConfig`.")
+        if self.blocks[0].outcome is not None:
+            raise ValueError(
+                f"Block {self.blocks[0].name!r} has an `outcome`, but nothing stands before the first block: give it "
+                "to the block whose baseline it is for."
+            )
+        for block in self.blocks[1:]:
+            if block.outcome is None and args.baseline == "outcome":
+                raise ValueError(
+                    f"Block {block.name!r} has no `outcome`, which `baseline='outcome'` needs: pass a function that "
+                    "returns the outcome of what stands before the block, or use `baseline='group'`."
+                )
+            if block.outcome is not None and is_async_callable(block.outcome):
+                raise ValueError(f"Block {block.name!r}: `outcome` must not be an async function.")
+        self._block_of_func = [k for k, block in enumerate(self.blocks) for _ in block.reward_funcs]
+        funcs = [func for block in self.blocks for func in block.reward_funcs]
+
+        super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
+
+        if len(self.reward_funcs) != len(funcs):
+            raise ValueError(
+                "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "
+                "and give it to a `Block` as a reward function that reads `environments`."
+            )
+        self.reward_weights = torch.tensor([weight for block in self.blocks for weight in block.reward_weights])
+        used = Counter(self.reward_func_names)
+        self.reward_func_names = [
+            name if used[name] == 1 else f"{self.blocks[k].name}/{name}"
+            for name, k in zip(self.reward_func_names, self._block_of_func, strict=True)
+        ]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        parsed = [parse_completion(ids, self.blocks, self._tokenizer) for ids in completion_ids_list]
+        names = [block.name for block in self.blocks]
+        inputs = [
+            {**row, "block_texts": dict(zip(names, completion.texts, strict=True))}
+            for row, completion in zip(inputs, parsed, strict=True)
+        ]
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        outcomes = self._calculate_outcomes(inputs, prompts, completions, completion_ids_list)
+
+        lengths = [[completion.block_index.count(k) for k in range(len(names))] for completion in parsed]
+        found = [[text is not None for text in completion.texts] for completion in parsed]
+        statistics = gather(torch.tensor([lengths, found], device=rewards_per_func.device).transpose(0, 1))  # (N, 2, K)
+        lengths, found = statistics[:, 0].float(), statistics[:, 1].bool()
+        counts = found.clone()
+        counts[:, 0] = True  # the first block holds whatever is in no other
+        rewards_per_func[~counts[:, self._block_of_func]] = torch.nan
+
+        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
+        rewards = torch.stack([self._sum(weighted[:, self._columns(k)]) for k in range(len(names))], dim=1)
+        mode = "train" if self.model.training else "eval"
+        advantages = block_advantages(
+            rewards,
+            outcomes,
+            self.num_generations if mode == "train" else self.num_generations_eval,
+            baseline=self.args.baseline,
+            min_stratum_size=self.args.min_stratum_size,
+            shrinkage=self.args.shrinkage,
+            leave_one_out=self.args.leave_one_out,
+            scale_rewards=self.args.scale_rewards,
+        ) * rewards.new_tensor([block.weight for block in self.blocks])
+        first = self.accelerator.process_index * len(prompts)
+        local = slice(first, first + len(prompts))
+        self._credit = parsed, advantages, local
+
+        for k, block in enumerate(self.blocks):
+            metrics = {
+                "found": found[:, k].float().mean(),
+                "reward": rewards[:, k].where(counts[:, k], block.missing_reward).nanmean(),
+                "length": lengths[found[:, k], k].mean(),
+                "zero_advantage": (advantages[counts[:, k], k] == 0).float().mean(),
+            }
+            for name, value in metrics.items():
+                self._metrics[mode][f"blocks/{block.name}/{name}"].append(value.item())
+            if self.log_completions:
+                self._log_completion_extra(f"{block.name}/reward", rewards[local, k].tolist())
+                if outcomes[k] is not None:
+                    self._log_completion_extra(f"{block.name}/outcome", [str(value) for value in outcomes[k][local]])
+                self._log_completion_extra(f"{block.name}/advantage", advantages[local, k].tolist())
+        return rewards_per_func
+
+    def _columns(self, k: int) -> list[int]:
+        return [column for column, block in enumerate(self._block_of_func) if block == k]
+
+    @staticmethod
+    def _sum(values: torch.Tensor) -> torch.Tensor:
+        """Sum of each row, leaving out NaN; NaN where there is nothing else."""
+        return values.nansum(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
+
+    def _calculate_outcomes(self, inputs, prompts, completions, completion_ids_list) -> list[list | None]:
+        """For each block, `None` or the outcomes before it of all processes' completions."""
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+        columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
+        columns["trainer_state"] = self.state
+        if self.environments is not None:
+            columns["environments"] = self.environments
+        outcomes: list[list | None] = [None]
+        for block in self.blocks[1:]:
+            if block.outcome is None:
+                outcomes.append(None)
+                continue
+            values = list(block.outcome(**columns))
+            name = f"the outcome function `{get_callable_name(block.outcome)}` of block {block.name!r}"
+            if len(values) != len(prompts):
+                raise ValueError(f"{name} returned {len(values)} values for {len(prompts)} completions.")
+            for value in values:
+                try:
+                    hash(value)
+                except TypeError as error:
+                    raise TypeError(
+                        f"{name} returned {value!r}, which is not hashable: return a bool, a number, a string or a "
+                        "tuple."
+                    ) from error
+            outcomes.append(gather_object(values))
+        return outcomes
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        parsed, advantages, local = self._credit
+        block_index = torch.zeros_like(output["completion_ids"])
+        for row, completion in zip(block_index, parsed, strict=True):
+            row[: len(completion.block_index)] = row.new_tensor(completion.block_index)
+        output["advantages"] = advantages[local]
+        output["block_index"] = block_index
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.sum(dim=1).tolist())
+        return output
+
+    def _compute_loss(self, model, inputs):
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        advantages = token_advantages(
+            inputs["advantages"], inputs["block_index"], mask, scale=self._loss_divisor(mask, inputs)
+        )
+        return super()._compute_loss(model, {**inputs, "advantages": advantages})
+
+    def _loss_divisor(self, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | float:
+        """What the loss divides the sum over a completion's tokens by, up to the mean over completions."""
+        if self.loss_type in ("grpo", "sapo"):
+            return mask.sum(dim=1, keepdim=True).float()
+        if self.loss_type == "bnpo":
+            return mask.sum().clamp(min=1.0) / len(mask)
+        if self.loss_type == "dr_grpo":
+            return float(self.max_completion_length)
+        # "dapo", "cispo" and "vespo" divide by the tokens of the generation's share of this process and step.
+        shares = self.accelerator.num_processes * (self.args.steps_per_generation if self.model.training else 1)
+        return inputs["num_items_in_batch"].clamp(min=1.0) / shares / len(mask)
