@@ -175,7 +175,7 @@ def _std(values: torch.Tensor) -> torch.Tensor:
     """Unbiased standard deviation of each row, leaving out NaN, for each value: `(values.numel(),)`."""
     count = (~values.isnan()).sum(1, keepdim=True)
     squares = (values - values.nanmean(1, keepdim=True)).square()
-    return (squares.nanmean(1, keepdim=True) * count / (count - 1)).sqrt().expand(values.shape).reshape(-1)
+    return (squares.nanmean(1, keepdim=True) * (count / (count - 1))).sqrt().expand(values.shape).reshape(-1)
 
 
 def token_advantages(

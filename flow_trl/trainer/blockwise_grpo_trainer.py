@@ -131,7 +131,9 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
 
         lengths = [[completion.block_index.count(k) for k in range(len(names))] for completion in parsed]
         found = [[text is not None for text in completion.texts] for completion in parsed]
-        statistics = gather(torch.tensor([lengths, found], device=rewards_per_func.device).transpose(0, 1))  # (N, 2, K)
+        statistics = gather(
+            torch.tensor([lengths, found], device=rewards_per_func.device).transpose(0, 1)
+        )  # (N, 2, K)
         lengths, found = statistics[:, 0].float(), statistics[:, 1].bool()
         counts = found.clone()
         counts[:, 0] = True  # the first block holds whatever is in no other
