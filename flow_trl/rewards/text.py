@@ -173,8 +173,8 @@ def math_correct(prediction: str | None, answer: str) -> bool:
     [math-verify](https://github.com/huggingface/Math-Verify).
 
     Both are put into `\boxed{}` and parsed as LaTeX, so `1/2`, `0.5` and `\frac{1}{2}` are equal, and a currency sign or
-    a unit within `\text{}` does not count. Words do: `18 dollars` and `x is 18` are not 18. Equal strings are always
-    correct.
+    a unit within `\text{}` does not count. Words do: `18 dollars` and `x is 18` are not 18. Expressions are evaluated:
+    `9 + 9` is. Equal strings are always correct.
 
     Not correct is whatever cannot be parsed, compared within a few seconds, or has more than 1000 characters. Outside
     the main thread, where the timeouts of math-verify do not work, it runs in a process of its own that is started once
@@ -241,6 +241,7 @@ def _math_verify_elsewhere(prediction: str, answer: str) -> bool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # an interrupt is for this process, with whose end it ends
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         try:

@@ -1,0 +1,285 @@
+"""Tasks for [`BlockwiseGRPOTrainer`]: the instruction, the blocks, and the same rewards for plain GRPO."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from .blocks import Block
+from .rewards.text import (
+    bce_reward,
+    brier_reward,
+    confidence_format_reward,
+    correctness_reward,
+    exact_match,
+    first_attempt_reward,
+    math_correct,
+    rlcr_reward,
+    second_attempt_reward,
+    two_attempts_format_reward,
+)
+from .utils import import_extra
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+CONFIDENCE_SYSTEM_PROMPT = """\
+You solve problems and say how likely your solution is to be right. Write four parts, in this order and nothing else:
+
+<reasoning>Solve the problem step by step.</reasoning>
+<answer>Only the final result, without words or explanation.</answer>
+<analysis>Look at your solution critically: which steps could be wrong, and what did you not check?</analysis>
+<confidence>The probability that your answer is right, as a decimal number from 0 to 1, for example 0.35.</confidence>
+
+Be honest about the probability: of all answers to which you give 0.3, three in ten should be right. Claiming more or \
+less than you believe costs points."""
+
+TWO_ATTEMPTS_SYSTEM_PROMPT = """\
+You get two attempts at each problem, and write both, in this order and nothing else:
+
+<first_attempt>Solve the problem step by step, then give the result: <answer>result</answer></first_attempt>
+<second_attempt>Check your first attempt. If you find a mistake, solve the problem anew, in another way if you can; if \
+not, keep the result. Then give it: <answer>result</answer></second_attempt>
+
+Within <answer> write only the final result, without words or explanation."""
+
+CORRECT: dict[str, Callable[[str | None, str], bool]] = {"exact": exact_match, "math": math_correct}
+SCORES = {"bce": bce_reward, "brier": brier_reward}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What a model should write, and how it is rewarded.
+
+    Args:
+        system_prompt (`str`):
+            Says how a completion should look.
+        blocks (`list[Block]`):
+            The blocks of a completion, for [`BlockwiseGRPOTrainer`].
+        scalar_reward_funcs (`list[Callable]`):
+            Reward functions for the whole completion: the same task for [`~trl.GRPOTrainer`], the baseline.
+        scalar_reward_weights (`list[float]`):
+            Their weights, for `GRPOConfig(reward_weights=...)`.
+
+    Example:
+
+    ```python
+    from trl import GRPOConfig, GRPOTrainer
+
+    from flow_trl import BlockwiseGRPOTrainer
+    from flow_trl.tasks import confidence_task
+
+    task = confidence_task()
+    dataset = task.prepare(load_dataset("HuggingFaceH4/MATH-500", split="test"))
+
+    trainer = BlockwiseGRPOTrainer("Qwen/Qwen2.5-3B-Instruct", blocks=task.blocks, train_dataset=dataset)
+
+    baseline = GRPOTrainer(
+        "Qwen/Qwen2.5-3B-Instruct",
+        reward_funcs=task.scalar_reward_funcs,
+        args=GRPOConfig(reward_weights=task.scalar_reward_weights),
+        train_dataset=dataset,
+    )
+    ```
+    """
+
+    system_prompt: str
+    blocks: list[Block]
+    scalar_reward_funcs: list[Callable]
+    scalar_reward_weights: list[float]
+
+    def prepare(self, dataset: "Dataset", prompt_column: str = "problem", answer_column: str = "answer") -> "Dataset":
+        """
+        Makes a data set for training: the column `prompt` holds the system prompt and the problem as messages, the
+        column `answer` the right answer as a string. Other columns stay.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Problems and their answers: one split.
+            prompt_column (`str`, *optional*, defaults to `"problem"`):
+                Column with the problem, a string.
+            answer_column (`str`, *optional*, defaults to `"answer"`):
+                Column with the final answer, a string or a number. A column `answer` beside it (in GSM8K the whole
+                solution) is replaced.
+
+        Returns:
+            [`~datasets.Dataset`]: the data set with `prompt` and `answer`, without `prompt_column` and `answer_column`.
+
+        Raises:
+            TypeError: if `dataset` is a dictionary of splits.
+            ValueError: if a column is missing, or a row has no problem or no answer.
+
+        Example:
+
+        ```python
+        >>> dataset = Dataset.from_list([{"problem": "2 + 2?", "answer": 4}])
+        >>> row = confidence_task().prepare(dataset)[0]
+        >>> [message["role"] for message in row["prompt"]], row["answer"]
+        (['system', 'user'], '4')
+        ```
+        """
+        from datasets import Features, Value
+
+        if isinstance(dataset, Mapping):
+            raise TypeError(
+                f"`dataset` is a dictionary of splits: pass one of them, such as `dataset[{[*dataset][0]!r}]`."
+            )
+        columns = dataset.column_names
+        for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+            if column not in columns:
+                raise ValueError(
+                    f"`{argument}={column!r}`: the data set has no such column. It has {', '.join(map(repr, columns))}."
+                )
+
+        def prepare_row(row: dict, index: int) -> dict:
+            problem, answer = row[prompt_column], row[answer_column]
+            if not isinstance(problem, str) or not problem.strip():
+                raise ValueError(
+                    f"Row {index}: the problem in column {prompt_column!r} is {problem!r}: it must be text."
+                )
+            answer = "" if answer is None else str(answer).strip()
+            if not answer:
+                raise ValueError(
+                    f"Row {index}: there is no answer in column {answer_column!r}. Leave such rows out with "
+                    "`dataset.filter(...)`."
+                )
+            messages = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": problem}]
+            return {"prompt": messages, "answer": answer}
+
+        # Said rather than inferred: a column that was there would keep its type, and `answer` may be a number.
+        text = Value("string")
+        kept = {name: kind for name, kind in dataset.features.items() if name not in (prompt_column, answer_column)}
+        features = Features({**kept, "prompt": [{"role": text, "content": text}], "answer": text})
+        return dataset.map(
+            prepare_row, with_indices=True, remove_columns=[prompt_column, answer_column], features=features
+        )
+
+
+def confidence_task(
+    *,
+    score: Literal["brier", "bce"] = "brier",
+    correct: Literal["math", "exact"] | Callable[[str | None, str], bool] = "math",
+    format_weight: float = 0.0,
+) -> Task:
+    """
+    Solve a problem, then say how likely the solution is to be right ([Blockwise Advantage
+    Estimation](https://huggingface.co/papers/2602.10231)).
+
+    The block `solution` (`<reasoning>`, `<answer>`) is rewarded for being correct, the block `confidence` (`<analysis>`,
+    `<confidence>`) by a proper scoring rule; its outcome is whether the solution is correct. The scalar baseline is
+    [`~rewards.text.rlcr_reward`], or, for `score="bce"`, the sum of correctness and score.
+
+    Args:
+        score (`str`, *optional*, defaults to `"brier"`):
+            Scoring rule for the confidence: `"brier"` ([`~rewards.text.brier_reward`]) or `"bce"`
+            ([`~rewards.text.bce_reward`]).
+        correct (`str` or `Callable`, *optional*, defaults to `"math"`):
+            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"exact"`
+            ([`~rewards.text.exact_match`]) or a function `correct(prediction, answer) -> bool`.
+        format_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of [`~rewards.text.confidence_format_reward`] in the first block and in the baseline, at least 0.
+            Nothing else rewards a model for writing the second block at all: raise it, to 0.1 say, for a model whose
+            `blocks/confidence/found` is not near 1.
+
+    Returns:
+        [`Task`]: the task.
+
+    Raises:
+        ValueError: if an argument does not fit.
+        MissingExtraError: for `correct="math"`, if math-verify is not installed.
+
+    Example:
+
+    ```python
+    >>> [block.name for block in confidence_task(score="bce").blocks]
+    ['solution', 'confidence']
+    ```
+    """
+    if score not in SCORES:
+        raise ValueError(f"`score={score!r}`: it must be {' or '.join(map(repr, SCORES))}.")
+    correct = _correct_function(correct)
+    correctness, scoring = partial(correctness_reward, correct=correct), partial(SCORES[score], correct=correct)
+    solution, solution_weights = _with_format([correctness], confidence_format_reward, format_weight)
+    scalar = [partial(rlcr_reward, correct=correct)] if score == "brier" else [correctness, scoring]
+    scalar, scalar_weights = _with_format(scalar, confidence_format_reward, format_weight)
+    return Task(
+        system_prompt=CONFIDENCE_SYSTEM_PROMPT,
+        blocks=[
+            Block("solution", solution, tags=("reasoning", "answer"), reward_weights=solution_weights),
+            Block("confidence", scoring, tags=("analysis", "confidence"), outcome=correctness),
+        ],
+        scalar_reward_funcs=scalar,
+        scalar_reward_weights=scalar_weights,
+    )
+
+
+def two_attempt_task(
+    *,
+    correct: Literal["math", "exact"] | Callable[[str | None, str], bool] = "math",
+    format_weight: float = 0.0,
+) -> Task:
+    """
+    Solve a problem, then try again ([Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231)).
+
+    Each attempt is a block with its own `<answer>`: the first is rewarded by [`~rewards.text.first_attempt_reward`], the
+    second by [`~rewards.text.second_attempt_reward`], and its outcome is whether the first was correct. The scalar
+    baseline is the sum of both.
+
+    Args:
+        correct (`str` or `Callable`, *optional*, defaults to `"math"`):
+            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"exact"`
+            ([`~rewards.text.exact_match`]) or a function `correct(prediction, answer) -> bool`.
+        format_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of [`~rewards.text.two_attempts_format_reward`] in the first block and in the baseline, at least 0.
+            Nothing else rewards a model for writing the second block at all: raise it, to 0.1 say, for a model whose
+            `blocks/second_attempt/found` is not near 1.
+
+    Returns:
+        [`Task`]: the task.
+
+    Raises:
+        ValueError: if an argument does not fit.
+        MissingExtraError: for `correct="math"`, if math-verify is not installed.
+
+    Example:
+
+    ```python
+    >>> [block.name for block in two_attempt_task(correct="exact").blocks]
+    ['first_attempt', 'second_attempt']
+    ```
+    """
+    correct = _correct_function(correct)
+    first, second = partial(first_attempt_reward, correct=correct), partial(second_attempt_reward, correct=correct)
+    first_rewards, first_weights = _with_format([first], two_attempts_format_reward, format_weight)
+    scalar, scalar_weights = _with_format([first, second], two_attempts_format_reward, format_weight)
+    return Task(
+        system_prompt=TWO_ATTEMPTS_SYSTEM_PROMPT,
+        blocks=[
+            Block("first_attempt", first_rewards, tags="first_attempt", reward_weights=first_weights),
+            Block("second_attempt", second, tags="second_attempt", outcome=first),
+        ],
+        scalar_reward_funcs=scalar,
+        scalar_reward_weights=scalar_weights,
+    )
+
+
+def _correct_function(correct: str | Callable) -> Callable[[str | None, str], bool]:
+    function = CORRECT.get(correct) if isinstance(correct, str) else correct
+    if not callable(function):
+        raise ValueError(
+            f"`correct={correct!r}`: it must be {', '.join(map(repr, CORRECT))} or a function "
+            "`correct(prediction, answer) -> bool`."
+        )
+    if function is math_correct:  # now, not at the first reward
+        import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
+    return function
+
+
+def _with_format(funcs: list[Callable], format_reward: Callable, weight: float) -> tuple[list[Callable], list[float]]:
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"`format_weight={weight!r}`: it must be at least 0 and finite.")
+    weights = [1.0] * len(funcs)
+    return (funcs, weights) if weight == 0 else ([*funcs, format_reward], [*weights, float(weight)])
