@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -234,7 +235,9 @@ _helper_lock = threading.Lock()
 def _math_verify_elsewhere(prediction: str, answer: str) -> bool:
     global _helper
     with _helper_lock:
-        if _helper is None or _helper.poll() is not None:
+        if _helper is not None and _helper.poll() is not None:
+            _stop_helper()
+        if _helper is None:
             # Not `multiprocessing`, which may run the user's script again.
             _helper = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
@@ -250,6 +253,13 @@ def _math_verify_elsewhere(prediction: str, answer: str) -> bool:
             return json.loads(_helper.stdout.readline())
         except (OSError, ValueError):  # it has ended
             return False
+
+
+def _stop_helper() -> None:
+    global _helper
+    with suppress(OSError), _helper:
+        _helper.kill()
+    _helper = None
 
 
 def _serve() -> None:
