@@ -1,0 +1,7 @@
+from pathlib import Path
+
+import evaluate
+from evaluate.utils import launch_gradio_widget
+
+
+launch_gradio_widget(evaluate.load(str(Path(__file__).with_name("confidence_voting.py"))))
