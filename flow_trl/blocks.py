@@ -83,8 +83,8 @@ class Block:
         weights = [1.0] * len(funcs) if self.reward_weights is None else list(self.reward_weights)
         if len(weights) != len(funcs):
             raise ValueError(f"{where}`reward_weights` has {len(weights)} values for {len(funcs)} reward functions.")
-        if self.weight < 0:
-            raise ValueError(f"{where}`weight={self.weight}`: it must be at least 0.")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"{where}`weight={self.weight}`: it must be at least 0 and finite.")
         if self.outcome is not None and not callable(self.outcome):
             raise ValueError(
                 f"{where}`outcome={self.outcome!r}`: pass a function, called like a reward function, that returns one "
@@ -95,16 +95,17 @@ class Block:
         if self.tags is None:
             try:
                 regex = re.compile(self.pattern, re.DOTALL)
-            except re.error as error:
+                empty = regex.match("")
+            except (re.error, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{where}`pattern={self.pattern!r}` is not a regular expression ({error}). "
                     "Escape literal text with `re.escape`."
                 ) from error
-            if regex.match(""):
+            if empty:
                 raise ValueError(f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do.")
             tags = None
         else:
-            tags = (self.tags,) if isinstance(self.tags, str) else tuple(self.tags)
+            tags = tuple(self.tags) if isinstance(self.tags, list | tuple) else (self.tags,)
             if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
                 raise ValueError(
                     f"{where}`tags={self.tags!r}`: pass the names of tags without brackets, such as "
@@ -246,8 +247,15 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
     spans = find_blocks(text, blocks)
 
     def first_character(token: int) -> int:
-        # Half of a character decodes to something that the text does not hold, so it does not count.
-        return len(os.path.commonprefix([text, decode(token_ids[:token])]))
+        # A prefix that ends within a character decodes to something that the text does not hold, with byte fallback
+        # back to the first of the bytes in a row. At most three tokens before, a character ends.
+        longest = 0
+        for end in range(token, max(token - 4, -1), -1):
+            prefix = decode(token_ids[:end])
+            if text.startswith(prefix):
+                return max(longest, len(prefix))
+            longest = max(longest, len(os.path.commonprefix([text, prefix])))
+        return longest
 
     block_index = [0] * len(token_ids)
     for number, span in enumerate(spans[1:], 1):
@@ -262,5 +270,8 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
                 high = middle
         if low and first_character(low) > span[0] and text[first_character(low - 1) : span[0]].isspace():
             low -= 1
+        if text[: span[0]].endswith("\ufffd"):  # the first byte of a broken character decodes like all of them
+            ends = range(low, min(low + 2, len(token_ids)) + 1)
+            low = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=low)
         block_index[low:] = [number] * (len(token_ids) - low)
     return ParsedCompletion(block_index, [None if span is None else text[slice(*span)] for span in spans])

@@ -82,7 +82,8 @@ def block_advantages(
     scale_rewards = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
     _check(rewards, outcomes, num_generations, baseline, min_stratum_size, shrinkage, scale_rewards)
     columns = []
-    for k, (reward, outcome) in enumerate(zip(rewards.unbind(1), outcomes, strict=True)):
+    # Contiguous, because the order of a sum changes its last bits.
+    for k, (reward, outcome) in enumerate(zip(rewards.T.contiguous(), outcomes, strict=True)):
         group = reward.view(-1, num_generations)
         kind = "group" if k == 0 and outcome is None else baseline
         if kind == "none":
@@ -156,13 +157,18 @@ def _others(total: torch.Tensor, count: torch.Tensor, values: torch.Tensor) -> t
 def _stratum_means(reward, outcome, num_generations, leave_one_out, k) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and size of each completion's stratum, both `(N,)`."""
     numbers: dict[tuple[int, Hashable], int] = {}
+    if any(isinstance(o, torch.Tensor) for o in outcome):
+        raise TypeError(
+            f"`outcomes[{k}]` holds tensors, of which each is an outcome of its own, whatever its value. "
+            "Use `.tolist()`."
+        )
     try:
         strata = [numbers.setdefault((i // num_generations, o), len(numbers)) for i, o in enumerate(outcome)]
     except TypeError as error:
         raise TypeError(
             f"`outcomes[{k}]` holds a value that is not hashable ({error}). Use a bool, a number, a string or a tuple."
         ) from error
-    index = torch.tensor(strata, device=reward.device)
+    index = torch.tensor(strata, dtype=torch.long, device=reward.device)
     present = ~reward.isnan()
     total = reward.new_zeros(len(numbers)).index_add(0, index, reward.nan_to_num(nan=0.0))[index]
     count = reward.new_zeros(len(numbers)).index_add(0, index, present.to(reward.dtype))[index]
@@ -173,7 +179,7 @@ def _stratum_means(reward, outcome, num_generations, leave_one_out, k) -> tuple[
 
 def _std(values: torch.Tensor) -> torch.Tensor:
     """Unbiased standard deviation of each row, leaving out NaN, for each value: `(values.numel(),)`."""
-    count = (~values.isnan()).sum(1, keepdim=True)
+    count = (~values.isnan()).sum(1, keepdim=True).to(values.dtype)
     squares = (values - values.nanmean(1, keepdim=True)).square()
     return (squares.nanmean(1, keepdim=True) * (count / (count - 1))).sqrt().expand(values.shape).reshape(-1)
 
