@@ -16,6 +16,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -152,17 +153,18 @@ def sample_completions(
 def _ready_to_generate(model: PreTrainedModel, config: GenerationConfig, seed: int):
     """Evaluation mode, this generation config and random states from this seed; afterwards all is as before."""
     training = [module for module in model.modules() if module.training]
-    generation_config = model.generation_config
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    generation_config = base.generation_config
     accelerator = torch.accelerator.current_accelerator() or torch.device("cuda")
     devices = range(torch.accelerator.device_count())
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=accelerator.type):
         torch.manual_seed(seed)
         model.eval()
-        model.generation_config = config
+        base.generation_config = config
         try:
             yield
         finally:
-            model.generation_config = generation_config
+            base.generation_config = generation_config
             for module in training:
                 module.training = True
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from flow_trl.evaluation import (
@@ -61,6 +62,18 @@ def test_greedy_equals_generate_one_by_one(model, tokenizer):
         ids = tokenizer(prompt, return_tensors="pt")
         alone = model.generate(**ids, do_sample=False, max_new_tokens=6)[0, ids["input_ids"].shape[1] :]
         assert texts == [tokenizer.decode(alone, skip_special_tokens=True)] * 2
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_a_peft_model_samples_like_the_model_itself(model, tokenizer, task_type):
+    expected = sample_completions(model, tokenizer, PROMPTS, num_samples=2, **(OPTIONS | {"max_new_tokens": 30}))
+    model.generation_config.top_k = 1
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type))
+    assert (
+        sample_completions(wrapped, tokenizer, PROMPTS, num_samples=2, **(OPTIONS | {"max_new_tokens": 30}))
+        == expected
+    )
+    assert model.generation_config.top_k == 1
 
 
 def test_samples_are_reproducible_and_keep_the_order_of_prompts(model, tokenizer):
