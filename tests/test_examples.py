@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flow_trl.tiny import load_flow_pipeline
+from flow_trl.tiny import load_flow_pipeline, load_language_model
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -37,10 +38,67 @@ def test_tp_grpo(tmp_path, task):
     load_flow_pipeline().load_lora_weights(tmp_path)
 
 
-def test_help_lists_every_argument():
-    output = run("tp_grpo.py", "--help")
-    for name in ("--model_name_or_path", "--lora_rank", "--credit", "--sde_window_size", "--learning_rate"):
+def rows_of(output):
+    """Rows of the tables in an output, without their heads: first cell to the others."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+SMALL = ["--max_steps", "2", "--eval_size", "8", "--eval_samples", "4", "--num_generations", "4"]
+SMALL += ["--per_device_train_batch_size", "16"]
+
+
+@pytest.mark.parametrize("method", ["blockwise", "rlcr"])
+def test_blockwise_grpo(tmp_path, method):
+    output = run("blockwise_grpo.py", "--method", method, "--output_dir", str(tmp_path), *SMALL)
+    rows = rows_of(output)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for when in ("before", "after"):
+        expected = [
+            f"{results[when][key]:.3f} ± {results[when][f'{key}_se']:.3f}"
+            for key in ("accuracy", "auroc", "ece", "brier")
+        ]
+        assert rows[when] == [*expected, f"{results[when]['format']:.3f}"]
+    assert results["before"]["ece"] != results["after"]["ece"]
+    assert rows["majority"] == [f"{results['after']['majority']:.3f} ± {results['after']['majority_se']:.3f}"]
+    assert Image.open(tmp_path / "reliability_diagram.png").width > 500
+    load_language_model(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
+
+
+@pytest.mark.parametrize("method", ["group", "grpo"])
+def test_blockwise_two_attempts(tmp_path, method):
+    rows = rows_of(run("blockwise_two_attempts.py", "--method", method, "--output_dir", str(tmp_path), *SMALL))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        rows["after"][1] == f"{results['after']['second_accuracy']:.3f} ± {results['after']['second_accuracy_se']:.3f}"
+    )
+
+
+@pytest.mark.parametrize(
+    "script, names",
+    [
+        ("tp_grpo.py", ["--model_name_or_path", "--lora_rank", "--credit", "--sde_window_size", "--learning_rate"]),
+        ("blockwise_grpo.py", ["--model_name_or_path", "--method", "--baseline", "--use_vllm", "--learning_rate"]),
+    ],
+)
+def test_help_lists_every_argument(script, names):
+    output = run(script, "--help")
+    for name in names:
         assert name in output
+
+
+def test_blockwise_step_benchmark():
+    rows = rows_of(run("benchmarks/blockwise_step.py", "--num_completions", "16", "--steps", "2", "--turns", "1"))
+    assert rows["GRPOTrainer"][1] == "1.000" and float(rows["BlockwiseGRPOTrainer"][1]) > 0
+
+
+def test_baseline_fidelity_benchmark(tmp_path):
+    arguments = ["--num_prompts", "4", "--num_generations", "4", "--num_continuations", "4"]
+    rows = rows_of(run("benchmarks/baseline_fidelity.py", *arguments, "--output_dir", str(tmp_path)))
+    assert {"outcome", "group", "batch", "none"} < set(rows)
+    assert float(rows["none"][0]) > float(rows["Monte Carlo itself"][0]) > 0
+    assert Image.open(tmp_path / "baseline_fidelity.png").width > 500
 
 
 def test_rollout_benchmark():

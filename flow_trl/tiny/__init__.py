@@ -6,12 +6,53 @@ the classes that real ones have.
 from pathlib import Path
 from typing import Any
 
-from .scenes import load_prompts
+from . import arithmetic, scenes
 
 
-__all__ = ["load_flow_pipeline", "load_prompts"]
+__all__ = ["load_flow_pipeline", "load_language_model", "load_prompts"]
 
 FLOW_FOLDER = Path(__file__).parent / "flow"
+LANGUAGE_FOLDER = Path(__file__).parent / "language"
+_TASKS = {
+    "scenes": scenes.load_prompts,
+    "words": scenes.load_prompts,
+    "arithmetic": arithmetic.load_prompts,
+    "arithmetic_two_attempts": arithmetic.load_prompts,
+}
+
+
+def load_prompts(name: str, split: str = "train"):
+    """
+    Makes the prompts of a task of the tiny world; the same ones every time.
+
+    Train and test share no prompt, and the shipped models were trained on the train prompts alone.
+
+    Args:
+        name (`str`):
+            `"scenes"` or `"words"`, described in [`scenes.load_prompts`], or `"arithmetic"` or
+            `"arithmetic_two_attempts"`, described in [`arithmetic.load_prompts`].
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"test"`.
+
+    Returns:
+        `datasets.Dataset`: in random order, no prompt twice. It has a column `prompt` and what rewards need: of scenes
+        `tag`, `include` and `exclude`, of words `text`, of arithmetic `answer` and `difficulty`.
+
+    Raises:
+        ValueError: if there is no such task or split.
+
+    Example:
+
+    ```python
+    >>> load_prompts("arithmetic", "test").column_names
+    ['prompt', 'answer', 'difficulty']
+    ```
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'`split` is {split!r}: it must be "train" or "test".')
+    if name not in _TASKS:
+        raise ValueError(f"`name` is {name!r}: it must be one of {', '.join(map(repr, _TASKS))}.")
+    return _TASKS[name](name, split)
 
 
 def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
@@ -43,3 +84,35 @@ def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
 
     kwargs = {"dtype": torch.float32, "text_encoder_3": None, "tokenizer_3": None, **kwargs}
     return StableDiffusion3Pipeline.from_pretrained(folder, **kwargs)
+
+
+def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
+    """
+    Loads the tiny world's language model and its tokenizer, in float32.
+
+    It solves the problems of `load_prompts("arithmetic")` and says how confident it is, at random at first. Prompts of
+    `load_prompts("arithmetic_two_attempts")` get two attempts instead.
+
+    Args:
+        folder (`str` or `Path`, *optional*):
+            Another model's folder, such as one that `python -m flow_trl.tiny.build_language` has written.
+        kwargs:
+            Go to [`~transformers.LlamaForCausalLM.from_pretrained`]; `dtype` defaults to `torch.float32`.
+
+    Returns:
+        `tuple`: [`~transformers.LlamaForCausalLM`] on the CPU and [`~transformers.PreTrainedTokenizerFast`].
+
+    Example:
+
+    ```python
+    >>> model, tokenizer = load_language_model()
+    >>> ids = model.generate(**tokenizer("23*47=?", return_tensors="pt"), max_new_tokens=64)
+    >>> tokenizer.decode(ids[0], skip_special_tokens=True)
+    '23*47=?<reasoning>23*40=920,23*7=161</reasoning><answer>1081</answer><analysis>fine</analysis><confidence>0.3</confidence>'
+    ```
+    """
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    kwargs = {"dtype": torch.float32, **kwargs}
+    return LlamaForCausalLM.from_pretrained(folder, **kwargs), PreTrainedTokenizerFast.from_pretrained(folder)

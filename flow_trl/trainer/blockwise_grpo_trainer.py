@@ -1,5 +1,6 @@
 """GRPO with one advantage for each block of a completion."""
 
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -70,6 +71,13 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
     _paper = {
         "title": "Blockwise Advantage Estimation for Multi-Objective RL with Verifiable Rewards",
         "id": "2602.10231",
+        "citation": textwrap.dedent("""\
+            @article{pavlenko2026blockwise,
+                title  = {{Blockwise Advantage Estimation for Multi-Objective RL with Verifiable Rewards}},
+                author = {Kirill Pavlenko and Alexander Golubev and Simon Karasik and Boris Yangel},
+                year   = 2026,
+                eprint = {arXiv:2602.10231},
+            }"""),
     }
 
     def __init__(

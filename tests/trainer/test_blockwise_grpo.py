@@ -289,7 +289,7 @@ def test_sampled_completions_conversations_lora_entropy_and_evaluation(tmp_path)
     assert len(logs) == 2 and "eval_blocks/confidence/found" in logs[0]
     assert [entry["entropy_coef"] for entry in trainer.state.log_history if "entropy_coef" in entry][-1] > 0.1
     card = ModelCard.load(tmp_path / "README.md")
-    assert "2602.10231" in card.text and "blockwise-grpo" in card.data.tags
+    assert "2602.10231" in card.text and "pavlenko2026blockwise" in card.text and "blockwise-grpo" in card.data.tags
     base = text_models.llama(tokenizer)
     loaded = PeftModel.from_pretrained(base, tmp_path / "checkpoint-2")
     assert loaded.peft_config["default"].r == 2

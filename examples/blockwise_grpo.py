@@ -1,0 +1,213 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["flow-trl[math,plots]"]
+# ///
+"""
+Teaches a language model to solve problems and to say how likely its solution is right, with one advantage for the
+solution and one for the confidence. Ends with a table and a reliability diagram from before and after.
+
+The tiny world, a few minutes on two CPU cores:
+
+    python examples/blockwise_grpo.py
+    python examples/blockwise_grpo.py --method rlcr
+
+A real model on GPUs, on problems with a column `problem` and a column `answer` (see examples/README.md for the paper's
+setting):
+
+    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/blockwise_grpo.py \
+        --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name problems.jsonl --use_vllm
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOTrainer, TrlParser
+
+from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer, tiny
+from flow_trl.evaluation import evaluate_confidence, reliability_diagram
+from flow_trl.tasks import CORRECT, Task, confidence_task
+
+
+METHODS = ("blockwise", "group", "batch", "none", "rlcr", "grpo")
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of this script, beside those of [`BlockwiseGRPOConfig`].
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Model to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
+        method (`str`, *optional*, defaults to `"blockwise"`):
+            `"blockwise"` compares confidences after solutions of the same outcome; `"group"`, `"batch"` and `"none"`
+            are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion:
+            correctness and Brier score together, or correctness alone.
+        dataset_name (`str`, *optional*):
+            Problems: Hub id or `.jsonl` file. If not set, the tiny world's arithmetic.
+        problem_column (`str`, *optional*, defaults to `"problem"`):
+            Column of the problem.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column of the final answer.
+        score (`str`, *optional*, defaults to `"brier"`):
+            Score of a confidence, `"brier"` or `"bce"`.
+        eval_size (`int`, *optional*, defaults to `400`):
+            Number of held-out problems.
+        eval_samples (`int`, *optional*, defaults to `16`):
+            Completions sampled for each of them.
+        eval_batch_size (`int`, *optional*, defaults to `64`):
+            Number of completions sampled together for the evaluation.
+        lora_rank (`int`, *optional*, defaults to `0`):
+            Rank of a LoRA on all linear layers; 0 trains all weights.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train; default: the tiny one."})
+    method: str = field(default="blockwise", metadata={"help": "How credit is assigned.", "choices": list(METHODS)})
+    dataset_name: str | None = field(default=None, metadata={"help": "Problems: Hub id or .jsonl file."})
+    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
+    answer_column: str = field(default="answer", metadata={"help": "Column of the final answer."})
+    score: str = field(default="brier", metadata={"help": "Score of a confidence.", "choices": ["brier", "bce"]})
+    eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
+    eval_samples: int = field(default=16, metadata={"help": "Completions sampled for each held-out problem."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Completions sampled together for the evaluation."})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA; 0 trains all weights."})
+
+
+# What suits the tiny world on two CPU cores, where it differs from the paper's setting.
+TINY = {
+    "eval_batch_size": 1024,
+    "num_generations": 16,
+    "per_device_train_batch_size": 256,
+    "activation_checkpointing": False,
+    "max_completion_length": 40,
+    "max_steps": 200,
+    "learning_rate": 1.5e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 10,
+}
+# The paper's, as far as it does not depend on the hardware.
+PAPER = {
+    "num_generations": 32,
+    "learning_rate": 1e-6,
+    "warmup_steps": 64,
+    "max_completion_length": 4096,
+    "use_adaptive_entropy": True,
+    "entropy_target": 0.2,
+    "entropy_coef_delta": 5e-4,
+}
+
+
+def parse(arguments_class: type, task: str) -> tuple[Any, BlockwiseGRPOConfig]:
+    """Reads the command line. The model decides the defaults, so it is read first."""
+    arguments, *_ = TrlParser(arguments_class, add_help=False).parse_args_and_config(return_remaining_strings=True)
+    parser = TrlParser((arguments_class, BlockwiseGRPOConfig))
+    parser.set_defaults(
+        output_dir=f"outputs/{task}/{arguments.method}", **(TINY if arguments.model_name_or_path is None else PAPER)
+    )
+    return parser.parse_args_and_config()
+
+
+def load_problems(arguments: ScriptArguments, task: Task, tiny_name: str) -> tuple[Dataset, Dataset]:
+    """Training and held-out problems."""
+    if arguments.dataset_name is None:
+        train, test = (tiny.load_prompts(tiny_name, split) for split in ("train", "test"))
+    else:
+        name = arguments.dataset_name
+        data = load_dataset("json", data_files=name) if Path(name).suffix == ".jsonl" else load_dataset(name)
+        if "test" not in data:
+            test_size = max(1, min(arguments.eval_size, len(data["train"]) // 10))
+            data = data["train"].train_test_split(test_size=test_size, seed=0)
+        train, test = (
+            task.prepare(data[split], arguments.problem_column, arguments.answer_column) for split in ("train", "test")
+        )
+    return train, test.shuffle(seed=0).select(range(min(arguments.eval_size, len(test))))
+
+
+def make_trainer(
+    arguments: ScriptArguments, args: BlockwiseGRPOConfig, task: Task, scalar: list, train_dataset: Dataset
+) -> tuple[GRPOTrainer, PreTrainedTokenizerBase]:
+    """The trainer of the method, all else equal. TRL's own takes `scalar`, rewards for the whole completion."""
+    if arguments.model_name_or_path is None:
+        model, tokenizer = tiny.load_language_model()
+    else:
+        model = arguments.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    shared = {"args": args, "train_dataset": train_dataset, "processing_class": tokenizer}
+    if arguments.lora_rank:
+        shared["peft_config"] = LoraConfig(
+            r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear"
+        )
+    if arguments.method in ("rlcr", "grpo"):
+        return GRPOTrainer(model, scalar, **shared), tokenizer
+    args.baseline = "outcome" if arguments.method == "blockwise" else arguments.method
+    return BlockwiseGRPOTrainer(model, task.blocks, **shared), tokenizer
+
+
+def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: dict[str, str]) -> None:
+    """Saves the model, pushes it if asked to, writes `results.json` and prints a table of the named measures."""
+    trainer.save_model()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if not trainer.is_world_process_zero():
+        return
+    (Path(trainer.args.output_dir) / "results.json").write_text(json.dumps(results, indent=2))
+    print("\n|" + "".join(f" {name:<13} |" for name in ("held out", *measures.values())))
+    print("|" + f" {'-' * 13} |" * (1 + len(measures)))
+    for when, result in results.items():
+        cells = [
+            f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
+            for key in measures
+        ]
+        print(f"| {when:<13} |" + "".join(f" {cell:<13} |" for cell in cells))
+
+
+def main() -> None:
+    arguments, args = parse(ScriptArguments, "blockwise_grpo")
+    correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
+    task = confidence_task(score=arguments.score, correct=correct)
+    train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
+    scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
+    trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
+
+    def evaluate() -> dict[str, Any]:
+        return evaluate_confidence(
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            eval_dataset,
+            correct=correct,
+            num_samples=arguments.eval_samples,
+            max_new_tokens=args.max_completion_length,
+            batch_size=arguments.eval_batch_size,
+        )
+
+    results = {"before": evaluate()}
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    results["after"] = evaluate()
+
+    print(f"\nHeld out: {len(eval_dataset)} problems, {arguments.eval_samples} completions each")
+    measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score", "format": "format"}
+    finish(trainer, results, measures)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        reliability_diagram(results, folder / "reliability_diagram.png")
+        print("\nOne answer chosen from several, after training:\n\n| choice                      | accuracy      |")
+        print("| --------------------------- | ------------- |")
+        chosen = {f"pass@{arguments.eval_samples} (any is right)": f"pass@{arguments.eval_samples}"}
+        chosen |= {name.replace("_", " "): name for name in ("majority", "highest_confidence", "weighted_majority")}
+        for name, key in chosen.items():
+            print(f"| {name:<27} | {results['after'][key]:.3f} ± {results['after'][f'{key}_se']:.3f} |")
+        print(f"\nIn {folder}: reliability_diagram.png, results.json, the model and its card (README.md)")
+
+
+if __name__ == "__main__":
+    main()

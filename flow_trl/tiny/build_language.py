@@ -1,0 +1,370 @@
+"""
+Builds the tiny world's language model from nothing and prints its figures.
+
+```sh
+python -m flow_trl.tiny.build_language --output_dir language
+python -m flow_trl.tiny.build_language --evaluate_only language
+```
+
+It takes about 10 minutes on one CPU core; a GPU is used where there is one.
+"""
+
+import random
+import re
+import string
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from tqdm.auto import trange
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from . import LANGUAGE_FOLDER, load_language_model, load_prompts
+from .arithmetic import CONFIDENCES, DIFFICULTIES, TWICE, WORDS, draw_train_problem, write_completion
+
+
+TAGS = tuple(
+    f"<{slash}{name}>"
+    for name in ("reasoning", "answer", "analysis", "confidence", "first_attempt", "second_attempt")
+    for slash in ("", "/")
+)
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- '' if loop.first else '\\n' }}{{ message['content'] }}
+    {%- endif %}
+{%- endfor %}"""
+SINGLE = re.compile(
+    "<reasoning>[^<]*</reasoning><answer>(?P<answer>[^<]*)</answer>"
+    "<analysis>[^<]*</analysis><confidence>(?P<confidence>[01][.][0-9])</confidence></s>"
+)
+DOUBLE = re.compile(
+    "<first_attempt>[^<]*<answer>(?P<first>[^<]*)</answer></first_attempt>"
+    "<second_attempt>[^<]*<answer>(?P<second>[^<]*)</answer></second_attempt></s>"
+)
+
+
+@dataclass
+class BuildArguments:
+    """Arguments of the build script."""
+
+    output_dir: str = field(default=str(LANGUAGE_FOLDER), metadata={"help": "Where to write model and tokenizer."})
+    evaluate_only: str | None = field(
+        default=None, metadata={"help": "Folder of a model whose figures to print, instead of building one."}
+    )
+    steps: int = field(default=1000, metadata={"help": "Training steps of 128 completions and 32 of two attempts."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, at its highest."})
+    num_prompts: int = field(default=400, metadata={"help": "Test prompts of the evaluation, at most 400."})
+    num_generations: int = field(default=16, metadata={"help": "Completions of each of them."})
+    seed: int = field(default=0, metadata={"help": "Seed of problems, weights, training and evaluation."})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    Makes the tokenizer: digits, signs and tags are one token each, and so are the words of the analysis, the values
+    of the confidence and the words that ask for two attempts. Whatever stands between them is one unknown token.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: puts `<s>` before a text and pads on the left.
+
+    Example:
+
+    ```python
+    >>> make_tokenizer().tokenize("12+7=?")
+    ['1', '2', '+', '7', '=', '?']
+    ```
+    """
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    pieces = [TWICE, *CONFIDENCES, *WORDS, *string.digits, *"+-*=?,"]
+    vocab = {token: index for index, token in enumerate([*special.values(), *pieces, *TAGS])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("|".join(map(re.escape, pieces))), behavior="isolated")
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    tokenizer.decoder = Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+        **special,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """
+    Makes an untrained Llama of half a million parameters that samples at temperature 1.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Says how many tokens there are, and which of them are special.
+
+    Returns:
+        [`~transformers.LlamaForCausalLM`]: with random weights.
+
+    Example:
+
+    ```python
+    >>> make_model(make_tokenizer()).num_parameters()
+    498560
+    ```
+    """
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
+    return model
+
+
+def _make_batch(
+    tokenizer: PreTrainedTokenizerFast, num_rows: int, twice: bool, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Draws prompts with completions: token ids and labels `(num_rows, T)`; what is not completion has label -100.
+
+    15% of the prompts follow something like a system prompt: unknown text with tags, digits and signs in it.
+    """
+    unknown, known = tokenizer.unk_token_id, range(4, len(tokenizer))
+    rows = []
+    for index in range(num_rows):
+        problem = draw_train_problem(DIFFICULTIES[index % len(DIFFICULTIES)], rng)
+        problem = TWICE + problem if twice else problem
+        prompt, completion = tokenizer([problem, write_completion(problem, rng)], add_special_tokens=False).input_ids
+        if rng.random() < 0.15:
+            noise = [unknown if rng.random() < 0.6 else rng.choice(known) for _ in range(rng.randint(0, 12))]
+            prompt = [*noise, unknown, *prompt]
+        prompt = [tokenizer.bos_token_id, *prompt]
+        completion = [*completion, tokenizer.eos_token_id]
+        rows.append((prompt + completion, [-100] * len(prompt) + completion))
+    length = max(len(ids) for ids, _ in rows)
+    ids = [ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows]
+    labels = [labels + [-100] * (length - len(labels)) for _, labels in rows]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int
+) -> None:
+    """
+    Trains a model on right completions of train problems.
+
+    Args:
+        model ([`~transformers.LlamaForCausalLM`]):
+            Trained in place.
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Its tokenizer.
+        steps (`int`):
+            Steps of 128 completions in the confidence format and 32 in that of two attempts.
+        learning_rate (`float`):
+            Of AdamW, after 5% of warm-up; falls to nothing at the end.
+        seed (`int`):
+            Of problems and completions.
+
+    Example:
+
+    ```python
+    >>> train(model, tokenizer, steps=2, learning_rate=1e-3, seed=0)
+    ```
+    """
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05)
+    model.train()
+    progress = trange(steps, desc="language model")
+    for step in progress:
+        batches = [_make_batch(tokenizer, 128, False, rng), _make_batch(tokenizer, 32, True, rng)]
+        num_tokens = sum((labels != -100).sum() for _, labels in batches)
+        total = 0.0
+        for ids, labels in batches:
+            logits = model(ids[:, :-1].to(model.device)).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(model.device), reduction="sum")
+            (loss / num_tokens).backward()
+            total += loss.item() / num_tokens.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=total)
+    model.eval()
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int = 96
+) -> list[str]:
+    """
+    Samples a completion for each prompt at temperature 1, 512 at a time.
+
+    Args:
+        model ([`~transformers.LlamaForCausalLM`]):
+            A model of the tiny world.
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Its tokenizer.
+        prompts (`list[str]`):
+            One per completion.
+        max_new_tokens (`int`, *optional*, defaults to `96`):
+            Where to cut a completion that does not end.
+
+    Returns:
+        `list[str]`: completions; those that ended end with `</s>`.
+
+    Example:
+
+    ```python
+    >>> sample(*load_language_model(), ["12+7=?"])
+    ['<reasoning>12+7=19</reasoning><answer>19</answer><analysis>fine</analysis><confidence>0.7</confidence></s>']
+    ```
+    """
+    completions = []
+    for start in range(0, len(prompts), 512):
+        inputs = tokenizer(prompts[start : start + 512], return_tensors="pt", padding=True).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        texts = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
+        completions += [text.replace("<pad>", "") for text in texts]
+    return completions
+
+
+def _auroc(confidences: np.ndarray, right: np.ndarray) -> float:
+    """Share of pairs of a right and a wrong completion in which the right one is more confident; ties count half."""
+    above = confidences[right][:, None] - confidences[~right][None]
+    return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else float("nan")
+
+
+def _calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
+    """ECE over the bins [0, .1), ..., [.9, 1) and [1, 1.1)."""
+    bins = np.floor(confidences * 10 + 1e-6)
+    gaps = [abs((confidences - right)[bins == b].sum()) for b in np.unique(bins)]
+    return float(sum(gaps) / len(confidences)) if gaps else float("nan")
+
+
+def evaluate(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    num_prompts: int = 400,
+    num_generations: int = 16,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Measures a model on test prompts.
+
+    Args:
+        model ([`~transformers.LlamaForCausalLM`]):
+            A model of the tiny world.
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Its tokenizer.
+        num_prompts (`int`, *optional*, defaults to `400`):
+            Test prompts, at most 400.
+        num_generations (`int`, *optional*, defaults to `16`):
+            Completions of each; of two attempts there is one.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the sampling.
+
+    Returns:
+        `dict[str, float]`: accuracy (of all and by difficulty), share of valid completions, calibration and
+        discrimination of the confidence, how accuracies of prompts spread, the same for two attempts, and time.
+
+    Example:
+
+    ```python
+    >>> evaluate(*load_language_model(), num_prompts=100)["accuracy"]
+    0.5
+    ```
+    """
+    torch.manual_seed(seed)
+    rows = load_prompts("arithmetic", "test").select(range(num_prompts)).to_dict()
+    start = time.perf_counter()
+    completions = sample(model, tokenizer, [p for p in rows["prompt"] for _ in range(num_generations)])
+    seconds = time.perf_counter() - start
+    matches = [SINGLE.fullmatch(completion) for completion in completions]
+    valid = np.array([match is not None for match in matches])
+    answers = [answer for answer in rows["answer"] for _ in range(num_generations)]
+    right = np.array([bool(m) and m["answer"] == a for m, a in zip(matches, answers, strict=True)])
+    by_prompt, difficulty = right.reshape(num_prompts, -1).mean(1), np.array(rows["difficulty"])
+    figures = {"accuracy": right.mean()}
+    for level in DIFFICULTIES:
+        if (difficulty == level).any():
+            figures[f"accuracy, difficulty {level}"] = by_prompt[difficulty == level].mean()
+    worked = np.array(["," in completion for completion in completions])
+    for name, chosen in (("worked", worked), ("direct", ~worked)):
+        chosen = chosen & np.repeat(difficulty > 1, num_generations)
+        if chosen.any():
+            figures[f"accuracy of products, {name}"] = right[chosen].mean()
+    figures["valid format"] = valid.mean()
+    confidences = np.array([float(m["confidence"]) if m else 0.0 for m in matches])
+    figures["ECE"] = _calibration_error(confidences[valid], right[valid])
+    figures["AUROC"] = _auroc(confidences[valid], right[valid])
+    figures["Brier score"] = ((confidences - right)[valid] ** 2).mean() if valid.any() else float("nan")
+    figures["prompts with right and wrong completions"] = ((by_prompt > 0) & (by_prompt < 1)).mean()
+    for low in np.arange(5) / 5:
+        chosen = (by_prompt >= low) & (by_prompt < low + 0.2 + (low == 0.8))
+        figures[f"prompts with accuracy from {low:.1f} to {low + 0.2:.1f}"] = chosen.mean()
+    lengths = [len(ids) for ids in tokenizer(completions, add_special_tokens=False).input_ids]
+    figures["tokens per completion"], figures["tokens of the longest completion"] = np.mean(lengths), max(lengths)
+    figures["ms per completion"] = 1000 * seconds / len(completions)
+    completions = sample(model, tokenizer, [TWICE + prompt for prompt in rows["prompt"]])
+    matches = [DOUBLE.fullmatch(completion) for completion in completions]
+    figures["two attempts: valid format"] = np.mean([match is not None for match in matches])
+    for name in ("first", "second"):
+        right = [bool(m) and m[name] == answer for m, answer in zip(matches, rows["answer"], strict=True)]
+        figures[f"two attempts: accuracy of the {name}"] = np.mean(right)
+    figures["two attempts: same answer"] = np.mean([m["first"] == m["second"] for m in matches if m] or [np.nan])
+    lengths = [len(ids) for ids in tokenizer(completions, add_special_tokens=False).input_ids]
+    figures["two attempts: tokens per completion"] = np.mean(lengths)
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def main(args: BuildArguments) -> None:
+    """Builds a model, unless there is one to evaluate, and prints a table of its figures."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = args.evaluate_only or args.output_dir
+    if args.evaluate_only is None:
+        torch.manual_seed(args.seed)
+        tokenizer = make_tokenizer()
+        model = make_model(tokenizer).to(device)
+        train(model, tokenizer, args.steps, args.learning_rate, args.seed)
+        model.to(torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    model, tokenizer = load_language_model(folder)
+    figures = evaluate(model.to(device), tokenizer, args.num_prompts, args.num_generations, args.seed)
+    figures["parameters"] = model.num_parameters()
+    figures["bytes on disk"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    print("| figure | value |\n| --- | --- |")
+    for name, figure in figures.items():
+        print(f"| {name} | {figure:.4g} |" if isinstance(figure, float) else f"| {name} | {figure:,} |")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(BuildArguments).parse_args_into_dataclasses()[0])
