@@ -1,6 +1,6 @@
 """Tasks for [`BlockwiseGRPOTrainer`]: the instruction, the blocks, and the same rewards for plain GRPO."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +22,7 @@ from .utils import import_extra
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 
 CONFIDENCE_SYSTEM_PROMPT = """\
@@ -91,14 +91,19 @@ class Task:
     scalar_reward_funcs: list[Callable]
     scalar_reward_weights: list[float]
 
-    def prepare(self, dataset: "Dataset", prompt_column: str = "problem", answer_column: str = "answer") -> "Dataset":
+    def prepare(
+        self,
+        dataset: "Dataset | IterableDataset",
+        prompt_column: str = "problem",
+        answer_column: str = "answer",
+    ) -> "Dataset | IterableDataset":
         """
         Makes a data set for training: the column `prompt` holds the system prompt and the problem as messages, the
         column `answer` the right answer as a string. Other columns stay.
 
         Args:
-            dataset ([`~datasets.Dataset`]):
-                Problems and their answers: one split.
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Problems and their answers: one split. A streamed one is checked row by row as it is read.
             prompt_column (`str`, *optional*, defaults to `"problem"`):
                 Column with the problem, a string.
             answer_column (`str`, *optional*, defaults to `"answer"`):
@@ -106,7 +111,8 @@ class Task:
                 solution) is replaced.
 
         Returns:
-            [`~datasets.Dataset`]: the data set with `prompt` and `answer`, without `prompt_column` and `answer_column`.
+            [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: as `dataset`, with `prompt` and `answer` and
+            without `prompt_column` and `answer_column`.
 
         Raises:
             TypeError: if `dataset` is a dictionary of splits.
@@ -127,14 +133,21 @@ class Task:
             raise TypeError(
                 f"`dataset` is a dictionary of splits: pass one of them, such as `dataset[{[*dataset][0]!r}]`."
             )
-        columns = dataset.column_names
-        for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-            if column not in columns:
-                raise ValueError(
-                    f"`{argument}={column!r}`: the data set has no such column. It has {', '.join(map(repr, columns))}."
-                )
+
+        def check_columns(columns: Collection[str]) -> None:
+            for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+                if column not in columns:
+                    raise ValueError(
+                        f"`{argument}={column!r}`: the data set has no such column. It has "
+                        f"{', '.join(map(repr, columns))}."
+                    )
+
+        features = dataset.features  # None where a streamed data set does not know its columns before it is read
+        if features is not None:
+            check_columns(features)
 
         def prepare_row(row: dict, index: int) -> dict:
+            check_columns(row)
             problem, answer = row[prompt_column], row[answer_column]
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError(
@@ -151,8 +164,9 @@ class Task:
 
         # Said rather than inferred: a column that was there would keep its type, and `answer` may be a number.
         text = Value("string")
-        kept = {name: kind for name, kind in dataset.features.items() if name not in (prompt_column, answer_column)}
-        features = Features({**kept, "prompt": [{"role": text, "content": text}], "answer": text})
+        if features is not None:
+            kept = {name: kind for name, kind in features.items() if name not in (prompt_column, answer_column)}
+            features = Features({**kept, "prompt": [{"role": text, "content": text}], "answer": text})
         return dataset.map(
             prepare_row, with_indices=True, remove_columns=[prompt_column, answer_column], features=features
         )

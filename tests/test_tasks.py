@@ -3,7 +3,7 @@ import re
 from functools import partial
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from trl.trainer.utils import get_callable_name
 
 import flow_trl.utils
@@ -210,3 +210,29 @@ def test_prepare_wants_one_split():
     splits = DatasetDict(train=Dataset.from_dict({"problem": ["2"], "answer": ["4"]}))
     with pytest.raises(TypeError, match=re.escape("such as `dataset['train']`")):
         confidence_task().prepare(splits)
+
+
+def test_prepare_a_streamed_data_set():
+    rows = [{"problem": f"{n} + 2?", "answer": n + 2, "level": n} for n in range(3)]
+    task = confidence_task()
+    expected = task.prepare(Dataset.from_list(rows)).to_list()
+    known = task.prepare(Dataset.from_list(rows).to_iterable_dataset())
+    assert list(known) == expected and known.features["answer"] == Value("string")
+    unknown = IterableDataset.from_generator(lambda: iter(rows))
+    assert unknown.column_names is None
+    assert list(task.prepare(unknown)) == expected
+    renamed = task.prepare(unknown.rename_columns({"problem": "prompt", "answer": "final"}), "prompt", "final")
+    assert list(renamed) == expected
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "2", "answer": "4"}, "`prompt_column='problem'`: the data set has no such column. It has 'q"),
+        ({"problem": "2", "answer": None}, "Row 0: there is no answer in column 'answer'"),
+    ],
+)
+def test_prepare_a_streamed_data_set_with_wrong_rows(row, message):
+    prepared = confidence_task().prepare(IterableDataset.from_generator(lambda: iter([row])))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(iter(prepared))

@@ -33,6 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..evaluation import evaluate_two_attempts, sample_completions, score_confidence
+from ..rewards.text import correctness_reward, exact_match
 from . import LANGUAGE_FOLDER, load_language_model, load_prompts
 from .arithmetic import CONFIDENCES, DIFFICULTIES, TWICE, WORDS, draw_train_problem, write_completion
 
@@ -51,14 +53,6 @@ CHAT_TEMPLATE = """\
         {{- '' if loop.first else '\\n' }}{{ message['content'] }}
     {%- endif %}
 {%- endfor %}"""
-SINGLE = re.compile(
-    "<reasoning>[^<]*</reasoning><answer>(?P<answer>[^<]*)</answer>"
-    "<analysis>[^<]*</analysis><confidence>(?P<confidence>[01][.][0-9])</confidence></s>"
-)
-DOUBLE = re.compile(
-    "<first_attempt>[^<]*<answer>(?P<first>[^<]*)</answer></first_attempt>"
-    "<second_attempt>[^<]*<answer>(?P<second>[^<]*)</answer></second_attempt></s>"
-)
 
 
 @dataclass
@@ -221,55 +215,6 @@ def train(
     model.eval()
 
 
-@torch.no_grad()
-def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int = 96
-) -> list[str]:
-    """
-    Samples a completion for each prompt at temperature 1, 512 at a time.
-
-    Args:
-        model ([`~transformers.LlamaForCausalLM`]):
-            A model of the tiny world.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Its tokenizer.
-        prompts (`list[str]`):
-            One per completion.
-        max_new_tokens (`int`, *optional*, defaults to `96`):
-            Where to cut a completion that does not end.
-
-    Returns:
-        `list[str]`: completions; those that ended end with `</s>`.
-
-    Example:
-
-    ```python
-    >>> sample(*load_language_model(), ["12+7=?"])
-    ['<reasoning>12+7=19</reasoning><answer>19</answer><analysis>fine</analysis><confidence>0.7</confidence></s>']
-    ```
-    """
-    completions = []
-    for start in range(0, len(prompts), 512):
-        inputs = tokenizer(prompts[start : start + 512], return_tensors="pt", padding=True).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
-        texts = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
-        completions += [text.replace("<pad>", "") for text in texts]
-    return completions
-
-
-def _auroc(confidences: np.ndarray, right: np.ndarray) -> float:
-    """Share of pairs of a right and a wrong completion in which the right one is more confident; ties count half."""
-    above = confidences[right][:, None] - confidences[~right][None]
-    return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else float("nan")
-
-
-def _calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
-    """ECE over the bins [0, .1), ..., [.9, 1) and [1, 1.1)."""
-    bins = np.floor(confidences * 10 + 1e-6)
-    gaps = [abs((confidences - right)[bins == b].sum()) for b in np.unique(bins)]
-    return float(sum(gaps) / len(confidences)) if gaps else float("nan")
-
-
 def evaluate(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -278,7 +223,7 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Measures a model on test prompts.
+    Measures a model on test prompts, by [`~evaluation.score_confidence`] and [`~evaluation.score_two_attempts`].
 
     Args:
         model ([`~transformers.LlamaForCausalLM`]):
@@ -293,56 +238,43 @@ def evaluate(
             Of the sampling.
 
     Returns:
-        `dict[str, float]`: accuracy (of all and by difficulty), share of valid completions, calibration and
-        discrimination of the confidence, how accuracies of prompts spread, the same for two attempts, and time.
+        `dict[str, float]`: accuracy (of all and by difficulty), share of completions in the format, AUROC, ECE and Brier
+        score of the confidence, share of prompts with right and wrong completions, mean number of tokens before the end,
+        milliseconds per completion; format and accuracies of two attempts.
 
     Example:
 
     ```python
     >>> evaluate(*load_language_model(), num_prompts=100)["accuracy"]
-    0.5
+    0.6
     ```
     """
-    torch.manual_seed(seed)
+    sampling = {"max_new_tokens": 96, "batch_size": 512, "seed": seed}
     rows = load_prompts("arithmetic", "test").select(range(num_prompts)).to_dict()
     start = time.perf_counter()
-    completions = sample(model, tokenizer, [p for p in rows["prompt"] for _ in range(num_generations)])
+    completions = sample_completions(model, tokenizer, rows["prompt"], num_samples=num_generations, **sampling)
     seconds = time.perf_counter() - start
-    matches = [SINGLE.fullmatch(completion) for completion in completions]
-    valid = np.array([match is not None for match in matches])
-    answers = [answer for answer in rows["answer"] for _ in range(num_generations)]
-    right = np.array([bool(m) and m["answer"] == a for m, a in zip(matches, answers, strict=True)])
-    by_prompt, difficulty = right.reshape(num_prompts, -1).mean(1), np.array(rows["difficulty"])
-    figures = {"accuracy": right.mean()}
-    for level in DIFFICULTIES:
-        if (difficulty == level).any():
-            figures[f"accuracy, difficulty {level}"] = by_prompt[difficulty == level].mean()
-    worked = np.array(["," in completion for completion in completions])
-    for name, chosen in (("worked", worked), ("direct", ~worked)):
-        chosen = chosen & np.repeat(difficulty > 1, num_generations)
-        if chosen.any():
-            figures[f"accuracy of products, {name}"] = right[chosen].mean()
-    figures["valid format"] = valid.mean()
-    confidences = np.array([float(m["confidence"]) if m else 0.0 for m in matches])
-    figures["ECE"] = _calibration_error(confidences[valid], right[valid])
-    figures["AUROC"] = _auroc(confidences[valid], right[valid])
-    figures["Brier score"] = ((confidences - right)[valid] ** 2).mean() if valid.any() else float("nan")
+    scores = score_confidence(completions, rows["answer"], correct=exact_match)
+    rewards = [
+        correctness_reward(texts, [answer] * len(texts), correct=exact_match)
+        for texts, answer in zip(completions, rows["answer"], strict=True)
+    ]
+    by_prompt, difficulty = np.mean(rewards, axis=1), np.array(rows["difficulty"])
+    figures = {"accuracy": scores["accuracy"]}
+    for level in sorted(set(rows["difficulty"])):
+        figures[f"accuracy, difficulty {level}"] = by_prompt[difficulty == level].mean()
+    for name, key in (("valid format", "format"), ("AUROC", "auroc"), ("ECE", "ece"), ("Brier score", "brier")):
+        figures[name] = scores[key]
     figures["prompts with right and wrong completions"] = ((by_prompt > 0) & (by_prompt < 1)).mean()
-    for low in np.arange(5) / 5:
-        chosen = (by_prompt >= low) & (by_prompt < low + 0.2 + (low == 0.8))
-        figures[f"prompts with accuracy from {low:.1f} to {low + 0.2:.1f}"] = chosen.mean()
-    lengths = [len(ids) for ids in tokenizer(completions, add_special_tokens=False).input_ids]
-    figures["tokens per completion"], figures["tokens of the longest completion"] = np.mean(lengths), max(lengths)
-    figures["ms per completion"] = 1000 * seconds / len(completions)
-    completions = sample(model, tokenizer, [TWICE + prompt for prompt in rows["prompt"]])
-    matches = [DOUBLE.fullmatch(completion) for completion in completions]
-    figures["two attempts: valid format"] = np.mean([match is not None for match in matches])
+    texts = [text for row in completions for text in row]
+    figures["tokens per completion"] = np.mean([len(tokenizer.tokenize(text)) for text in texts])
+    figures["ms per completion"] = 1000 * seconds / len(texts)
+    twice = load_prompts("arithmetic_two_attempts", "test").select(range(num_prompts))
+    scores = evaluate_two_attempts(model, tokenizer, twice, correct=exact_match, num_samples=1, **sampling)
+    figures["two attempts: valid format"] = scores["format"]
     for name in ("first", "second"):
-        right = [bool(m) and m[name] == answer for m, answer in zip(matches, rows["answer"], strict=True)]
-        figures[f"two attempts: accuracy of the {name}"] = np.mean(right)
-    figures["two attempts: same answer"] = np.mean([m["first"] == m["second"] for m in matches if m] or [np.nan])
-    lengths = [len(ids) for ids in tokenizer(completions, add_special_tokens=False).input_ids]
-    figures["two attempts: tokens per completion"] = np.mean(lengths)
+        figures[f"two attempts: accuracy of the {name}"] = scores[f"{name}_accuracy"]
+    figures["two attempts: answer changed"] = scores["changed"]
     return {name: float(figure) for name, figure in figures.items()}
 
 

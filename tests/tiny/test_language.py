@@ -1,12 +1,13 @@
 import random
-import re
 
 import pytest
 import torch
 
+from flow_trl.evaluation import sample_completions, score_confidence
+from flow_trl.rewards.text import exact_match
 from flow_trl.tiny import LANGUAGE_FOLDER, load_language_model, load_prompts
 from flow_trl.tiny.arithmetic import CONFIDENCES, DIFFICULTIES, WORDS, draw_train_problem, write_completion
-from flow_trl.tiny.build_language import TAGS, BuildArguments, evaluate, main, make_tokenizer, sample
+from flow_trl.tiny.build_language import TAGS, BuildArguments, evaluate, main, make_tokenizer
 
 
 CHAT = [
@@ -102,27 +103,27 @@ def test_a_conversation_is_its_contents(language):
 
 
 def test_answers_are_often_right_and_often_wrong_and_confidence_says_nothing(language):
-    figures = evaluate(*language, num_prompts=100, num_generations=6)
-    assert 0.35 <= figures["accuracy"] <= 0.65
-    assert figures["accuracy, difficulty 1"] > 0.85 and figures["accuracy, difficulty 5"] < 0.5
+    figures = evaluate(*language, num_prompts=200, num_generations=4)
+    assert 0.5 < figures["accuracy"] < 0.7
+    assert figures["accuracy, difficulty 1"] > 0.85 < figures["accuracy, difficulty 2"]
+    assert figures["accuracy, difficulty 5"] < 0.5
     assert figures["valid format"] > 0.95
-    assert 0.4 < figures["AUROC"] < 0.6 and 0.15 < figures["ECE"] < 0.35
+    assert 0.4 < figures["AUROC"] < 0.6 and 0.2 < figures["ECE"] < 0.35 and 0.3 < figures["Brier score"] < 0.4
     assert figures["prompts with right and wrong completions"] > 0.4
+    assert 20 < figures["tokens per completion"] < 35
     assert figures["two attempts: valid format"] > 0.95
-    assert figures["two attempts: accuracy of the first"] > 0.3 < figures["two attempts: accuracy of the second"]
-    assert figures["two attempts: same answer"] < 0.9
+    for name in ("first", "second"):
+        assert 0.5 < figures[f"two attempts: accuracy of the {name}"] < 0.75
+    assert 0.2 < figures["two attempts: answer changed"] < 0.6
 
 
-def test_a_system_prompt_does_no_harm(language):
-    model, tokenizer = language
-    prompts = []
-    for problem in load_prompts("arithmetic", "test")["prompt"][:100]:
-        chat = [CHAT[0], {"role": "user", "content": problem}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        prompts.append(text.removeprefix("<s>"))
-    torch.manual_seed(0)
-    completions = sample(model, tokenizer, prompts)
-    assert sum(bool(re.search("</confidence></s>$", completion)) for completion in completions) > 90
+@pytest.mark.parametrize("system, least, most", [("You solve problems.", 0.5, 0.75), (CHAT[0]["content"], 0.3, 0.55)])
+def test_a_system_prompt_keeps_the_format_and_costs_accuracy_if_it_has_tags_or_digits(language, system, least, most):
+    rows = load_prompts("arithmetic", "test")[:200]
+    prompts = [[{"role": "system", "content": system}, {"role": "user", "content": p}] for p in rows["prompt"]]
+    completions = sample_completions(*language, prompts, num_samples=1, max_new_tokens=96, batch_size=200)
+    scores = score_confidence(completions, rows["answer"], correct=exact_match)
+    assert scores["format"] > 0.95 and least < scores["accuracy"] < most
 
 
 def test_a_short_build_is_the_same_every_time(tmp_path, capsys):
