@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOTrainer, TrlParser
 
 from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer, tiny
-from flow_trl.evaluation import evaluate_confidence, reliability_diagram
+from flow_trl.evaluation import reliability_diagram, sample_completions, score_confidence
 from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
@@ -37,25 +38,22 @@ METHODS = ("blockwise", "group", "batch", "none", "rlcr", "grpo")
 
 
 @dataclass
-class ScriptArguments:
+class TaskArguments:
     """
-    Arguments of this script, beside those of [`BlockwiseGRPOConfig`].
+    Arguments of a task's script, beside those of [`BlockwiseGRPOConfig`].
 
     Args:
         model_name_or_path (`str`, *optional*):
             Model to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
         method (`str`, *optional*, defaults to `"blockwise"`):
-            `"blockwise"` compares confidences after solutions of the same outcome; `"group"`, `"batch"` and `"none"`
-            are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion:
-            correctness and Brier score together, or correctness alone.
+            `"blockwise"` compares later blocks after beginnings of the same outcome; `"group"`, `"batch"` and `"none"`
+            are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
         dataset_name (`str`, *optional*):
             Problems: Hub id or `.jsonl` file. If not set, the tiny world's arithmetic.
         problem_column (`str`, *optional*, defaults to `"problem"`):
             Column of the problem.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column of the final answer.
-        score (`str`, *optional*, defaults to `"brier"`):
-            Score of a confidence, `"brier"` or `"bce"`.
         eval_size (`int`, *optional*, defaults to `400`):
             Number of held-out problems.
         eval_samples (`int`, *optional*, defaults to `16`):
@@ -71,11 +69,26 @@ class ScriptArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Problems: Hub id or .jsonl file."})
     problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
     answer_column: str = field(default="answer", metadata={"help": "Column of the final answer."})
-    score: str = field(default="brier", metadata={"help": "Score of a confidence.", "choices": ["brier", "bce"]})
     eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
     eval_samples: int = field(default=16, metadata={"help": "Completions sampled for each held-out problem."})
     eval_batch_size: int = field(default=64, metadata={"help": "Completions sampled together for the evaluation."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA; 0 trains all weights."})
+
+
+@dataclass
+class ScriptArguments(TaskArguments):
+    """
+    Arguments of this script, beside those of [`BlockwiseGRPOConfig`] and `TaskArguments`.
+
+    `--method rlcr` trains correctness and the score of the confidence together (with `"brier"` that is
+    [RLCR](https://huggingface.co/papers/2507.16806)), `--method grpo` correctness alone.
+
+    Args:
+        score (`str`, *optional*, defaults to `"brier"`):
+            Score of a confidence, `"brier"` or `"bce"`.
+    """
+
+    score: str = field(default="brier", metadata={"help": "Score of a confidence.", "choices": ["brier", "bce"]})
 
 
 # What suits the tiny world on two CPU cores, where it differs from the paper's setting.
@@ -95,9 +108,12 @@ TINY = {
     "save_strategy": "no",
     "logging_steps": 10,
 }
-# The paper's, as far as it does not depend on the hardware.
+# The paper's, as far as it does not depend on the hardware, and a quicker evaluation.
 PAPER = {
+    "eval_size": 100,
+    "eval_samples": 8,
     "num_generations": 32,
+    "gradient_accumulation_steps": 4,
     "learning_rate": 1e-6,
     "warmup_steps": 64,
     "max_completion_length": 4096,
@@ -107,17 +123,16 @@ PAPER = {
 }
 
 
-def parse(arguments_class: type, task: str) -> tuple[Any, BlockwiseGRPOConfig]:
+def parse(arguments_class: type, task: str, **tiny_defaults: Any) -> tuple[Any, BlockwiseGRPOConfig]:
     """Reads the command line. The model decides the defaults, so it is read first."""
     arguments, *_ = TrlParser(arguments_class, add_help=False).parse_args_and_config(return_remaining_strings=True)
     parser = TrlParser((arguments_class, BlockwiseGRPOConfig))
-    parser.set_defaults(
-        output_dir=f"outputs/{task}/{arguments.method}", **(TINY if arguments.model_name_or_path is None else PAPER)
-    )
+    defaults = PAPER if arguments.model_name_or_path else {**TINY, **tiny_defaults}
+    parser.set_defaults(output_dir=f"outputs/{task}/{arguments.method}", **defaults)
     return parser.parse_args_and_config()
 
 
-def load_problems(arguments: ScriptArguments, task: Task, tiny_name: str) -> tuple[Dataset, Dataset]:
+def load_problems(arguments: TaskArguments, task: Task, tiny_name: str) -> tuple[Dataset, Dataset]:
     """Training and held-out problems."""
     if arguments.dataset_name is None:
         train, test = (tiny.load_prompts(tiny_name, split) for split in ("train", "test"))
@@ -134,7 +149,7 @@ def load_problems(arguments: ScriptArguments, task: Task, tiny_name: str) -> tup
 
 
 def make_trainer(
-    arguments: ScriptArguments, args: BlockwiseGRPOConfig, task: Task, scalar: list, train_dataset: Dataset
+    arguments: TaskArguments, args: BlockwiseGRPOConfig, task: Task, scalar: list, train_dataset: Dataset
 ) -> tuple[GRPOTrainer, PreTrainedTokenizerBase]:
     """The trainer of the method, all else equal. TRL's own takes `scalar`, rewards for the whole completion."""
     if arguments.model_name_or_path is None:
@@ -149,26 +164,49 @@ def make_trainer(
         )
     if arguments.method in ("rlcr", "grpo"):
         return GRPOTrainer(model, scalar, **shared), tokenizer
-    args.baseline = "outcome" if arguments.method == "blockwise" else arguments.method
+    baseline = "outcome" if arguments.method == "blockwise" else arguments.method
+    if args.baseline not in ("outcome", baseline):
+        raise ValueError(f"`--baseline {args.baseline}`: it follows from `--method {arguments.method}`, leave it out.")
+    args.baseline = baseline
     return BlockwiseGRPOTrainer(model, task.blocks, **shared), tokenizer
 
 
+def sample(
+    trainer: GRPOTrainer, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: TaskArguments
+) -> list[list[str]]:
+    """Completions of the held-out problems; each process samples its share."""
+    with trainer.accelerator.split_between_processes(dataset["prompt"][:]) as prompts:
+        completions = sample_completions(
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            prompts,
+            num_samples=arguments.eval_samples,
+            max_new_tokens=trainer.args.max_completion_length,
+            batch_size=arguments.eval_batch_size,
+            chat_template_kwargs=trainer.args.chat_template_kwargs,
+        )
+    return gather_object(completions)
+
+
 def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: dict[str, str]) -> None:
-    """Saves the model, pushes it if asked to, writes `results.json` and prints a table of the named measures."""
-    trainer.save_model()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    """Saves results, model and card, pushes them if asked to, and prints a table of the named measures."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        valid = json.loads(json.dumps(results), parse_constant=lambda nan: None)
+        (folder / "results.json").write_text(json.dumps(valid, indent=2))
+    trainer.create_model_card()
+    trainer.save_model()  # and push, with `--push_to_hub`
     if not trainer.is_world_process_zero():
         return
-    (Path(trainer.args.output_dir) / "results.json").write_text(json.dumps(results, indent=2))
-    print("\n|" + "".join(f" {name:<13} |" for name in ("held out", *measures.values())))
-    print("|" + f" {'-' * 13} |" * (1 + len(measures)))
+    print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
+    print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
     for when, result in results.items():
         cells = [
             f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
             for key in measures
         ]
-        print(f"| {when:<13} |" + "".join(f" {cell:<13} |" for cell in cells))
+        print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
 
 
 def main() -> None:
@@ -180,33 +218,25 @@ def main() -> None:
     trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
 
     def evaluate() -> dict[str, Any]:
-        return evaluate_confidence(
-            trainer.accelerator.unwrap_model(trainer.model),
-            tokenizer,
-            eval_dataset,
-            correct=correct,
-            num_samples=arguments.eval_samples,
-            max_new_tokens=args.max_completion_length,
-            batch_size=arguments.eval_batch_size,
-        )
+        completions = sample(trainer, tokenizer, eval_dataset, arguments)
+        return score_confidence(completions, eval_dataset["answer"][:], correct=correct)
 
     results = {"before": evaluate()}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results["after"] = evaluate()
 
-    print(f"\nHeld out: {len(eval_dataset)} problems, {arguments.eval_samples} completions each")
-    measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score", "format": "format"}
-    finish(trainer, results, measures)
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        reliability_diagram(results, folder / "reliability_diagram.png")
+        reliability_diagram(results, Path(args.output_dir) / "reliability_diagram.png")
+    measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score"}
+    finish(trainer, results, measures | {"format": "format", "unparsable": "no confidence"})
+    if trainer.is_world_process_zero():
         print("\nOne answer chosen from several, after training:\n\n| choice                      | accuracy      |")
         print("| --------------------------- | ------------- |")
         chosen = {f"pass@{arguments.eval_samples} (any is right)": f"pass@{arguments.eval_samples}"}
         chosen |= {name.replace("_", " "): name for name in ("majority", "highest_confidence", "weighted_majority")}
         for name, key in chosen.items():
             print(f"| {name:<27} | {results['after'][key]:.3f} ± {results['after'][f'{key}_se']:.3f} |")
-        print(f"\nIn {folder}: reliability_diagram.png, results.json, the model and its card (README.md)")
+        print(f"\nIn {args.output_dir}: reliability_diagram.png, results.json, the model and its card (README.md)")
 
 
 if __name__ == "__main__":

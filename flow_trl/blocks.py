@@ -31,7 +31,8 @@ class Block:
         tags (`str` or `tuple[str, ...]`, *optional*):
             Names of the tags it is made of, in order, without brackets. The block begins with the first opening tag of
             any of them and ends with the closing tag of the last. Without that closing tag (in a truncated completion)
-            it ends where the next block begins.
+            it ends where the next block begins. They should be ordinary tokens: TRL takes special tokens out of the
+            completions that reward functions get.
         pattern (`str`, *optional*):
             Instead of `tags`: a regular expression that matches the block (`.` matches newlines as well).
         reward_weights (`list[float]`, *optional*):
@@ -39,11 +40,12 @@ class Block:
         outcome (`Callable`, *optional*):
             For later blocks: a function, called like a reward function, that returns for each completion the discrete
             outcome of what stands before the block (any hashable value; for a confidence, whether the solution was
-            correct). Only completions with the same outcome are compared. Needed for `baseline="outcome"`.
+            correct). Only completions with the same outcome are compared. Needed for `baseline="outcome"`, and called
+            only then; what it logs with `log_extra` and `log_metric` is dropped.
         weight (`float`, *optional*, defaults to `1.0`):
             Weight w of the block in the loss.
         missing_reward (`float`, *optional*, defaults to `-1.0`):
-            What a completion without the block counts in the logged mean reward of the block.
+            What a completion without the block counts in the logged mean reward of the block (a later block).
 
     Raises:
         ValueError: if a field does not fit; the message names it and what would work.

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
@@ -52,7 +53,11 @@ def main() -> None:
     dataset = tiny.load_prompts("arithmetic", "train").select(range(count // group))
     model, tokenizer = tiny.load_language_model()
     sampled = dict(
-        zip(dataset["prompt"], sample_completions(model, tokenizer, dataset["prompt"], num_samples=group), strict=True)
+        zip(
+            dataset["prompt"],
+            sample_completions(model, tokenizer, dataset["prompt"], num_samples=group, max_new_tokens=60),
+            strict=True,
+        )
     )
     ids = {
         prompt: [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for text in texts]
@@ -80,6 +85,8 @@ def main() -> None:
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
         }
         shared = {
             "train_dataset": dataset,

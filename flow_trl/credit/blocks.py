@@ -89,14 +89,17 @@ def block_advantages(
         if kind == "none":
             mean = torch.zeros_like(reward)
         elif kind == "batch":
-            mean, _ = _means(reward[None], leave_one_out)
+            mean = _means(reward[None], leave_one_out)
         else:
-            mean, _ = _means(group, leave_one_out)
+            mean = _means(group, leave_one_out)
         if kind == "outcome":
             stratum_mean, size = _stratum_means(reward, outcome, num_generations, leave_one_out, k)
             share = size / (size + shrinkage)
-            own = (size >= max(min_stratum_size, 1)) & ~stratum_mean.isnan()
-            mean = torch.where(own, share * stratum_mean + (1 - share) * mean if shrinkage else stratum_mean, mean)
+            mean = torch.where(
+                size >= min_stratum_size,
+                share * stratum_mean + (1 - share) * mean if shrinkage else stratum_mean,
+                mean,
+            )
         advantage = reward - mean
         if scale_rewards != "none":
             of = group if scale_rewards == "group" else reward[None]
@@ -136,15 +139,12 @@ def _check(rewards, outcomes, num_generations, baseline, min_stratum_size, shrin
             raise ValueError(f"`outcomes[{k}]` has {len(outcome)} values for {len(rewards)} completions.")
 
 
-def _means(values: torch.Tensor, leave_one_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each row of `values`, leaving out NaN, and how many it is of, for each value: both `(values.numel(),)`."""
-    present = ~values.isnan()
-    if not leave_one_out:
-        # Just what TRL computes, so that a single block gets the same bits.
-        return torch.nanmean(values, dim=1).repeat_interleave(values.shape[1]), present.sum(1, keepdim=True).expand(
-            values.shape
-        ).reshape(-1)
-    return _others(values.nansum(1, keepdim=True), present.sum(1, keepdim=True), values)
+def _means(values: torch.Tensor, leave_one_out: bool) -> torch.Tensor:
+    """For each value the mean of its row, leaving out NaN: `(values.numel(),)`."""
+    if leave_one_out:
+        return _others(values.nansum(1, keepdim=True), (~values.isnan()).sum(1, keepdim=True), values)[0]
+    # Just what TRL computes, so that a single block gets the same bits.
+    return torch.nanmean(values, dim=1).repeat_interleave(values.shape[1])
 
 
 def _others(total: torch.Tensor, count: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,8 +80,9 @@ class BlockwiseGRPOConfig(GRPOConfig):
         self._require("min_stratum_size", self.min_stratum_size >= 1, "it must be at least 1, which switches it off")
         self._require(
             "min_stratum_size",
-            self.min_stratum_size <= self.num_generations,
-            f"no stratum of a group of `num_generations={self.num_generations}` is that large",
+            self.min_stratum_size <= self.num_generations - self.leave_one_out,
+            f"no stratum of a group of `num_generations={self.num_generations}` is that large"
+            + (", the completion itself left out" if self.leave_one_out else ""),
         )
         self._require(
             "shrinkage", 0 <= self.shrinkage < math.inf, "it must be at least 0, which switches it off, and finite"

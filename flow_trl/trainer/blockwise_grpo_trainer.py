@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -13,6 +14,9 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 from ..blocks import Block, check_blocks, parse_completion
 from ..credit import block_advantages, token_advantages
 from .blockwise_grpo_config import BlockwiseGRPOConfig
+
+
+logger = get_logger(__name__)
 
 
 class BlockwiseGRPOTrainer(GRPOTrainer):
@@ -27,9 +31,9 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
     with \\( T_{i,k} \\) the tokens of block \\( k \\) of completion \\( i \\). A missing later block has no tokens, and
     its reward is in no baseline.
 
-    Beside TRL's metrics it logs, for each block, `blocks/<name>/found` (share of completions that have it), `/reward`
-    (mean, with `missing_reward` for those that do not), `/length` (mean number of tokens) and `/zero_advantage` (share
-    of those found that have nothing to learn from). With `log_completions=True` the table of completions has each
+    Beside TRL's metrics it logs, for each block, `blocks/<name>/found` (share of completions that have its tags), and of
+    the completions that have it (of the first block: of all) `/length` (mean number of tokens) and `/zero_advantage` (share
+    that have nothing to learn from). `/reward` is the mean of all, with `missing_reward` for those without it. With `log_completions=True` the table of completions has each
     block's reward, outcome and advantage; its column `advantage` is the sum over the blocks.
 
     Args:
@@ -45,7 +49,7 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: before anything is loaded, if blocks overlap, have no outcome that the baseline needs, or arguments
-            do not fit.
+            do not fit; after it, if an environment has a reward of its own.
         TypeError: if `blocks` or `args` is of another type, or, in training, an outcome is not hashable.
 
     Example:
@@ -115,11 +119,19 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
-        if len(self.reward_funcs) != len(funcs):
+        if len(self.reward_funcs) != len(self._block_of_func):  # TRL adds to the list it was given
             raise ValueError(
                 "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "
                 "and give it to a `Block` as a reward function that reads `environments`."
             )
+        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        for block in self.blocks:
+            if any(f"<{slash}{tag}>" in special for tag in block.tags or () for slash in ("", "/")):
+                logger.warning(
+                    f"Tags of block {block.name!r} are special tokens. The block is found, but the completions that "
+                    "reward functions get have no special tokens: let them use `block_texts`, or add the tags to the "
+                    "tokenizer as ordinary tokens."
+                )
         self.reward_weights = torch.tensor([weight for block in self.blocks for weight in block.reward_weights])
         used = Counter(self.reward_func_names)
         self.reward_func_names = [
@@ -168,8 +180,8 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
             metrics = {
                 "found": found[:, k].float().mean(),
                 "reward": rewards[:, k].where(counts[:, k], block.missing_reward).nanmean(),
-                "length": lengths[found[:, k], k].mean(),
-                "zero_advantage": (advantages[counts[:, k], k] == 0).float().mean(),
+                "length": lengths[counts[:, k], k].mean(),
+                "zero_advantage": (advantages[counts[:, k], k].abs() < 1e-6).float().mean(),
             }
             for name, value in metrics.items():
                 self._metrics[mode][f"blocks/{block.name}/{name}"].append(value.item())
@@ -189,15 +201,17 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
         return values.nansum(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
 
     def _calculate_outcomes(self, inputs, prompts, completions, completion_ids_list) -> list[list | None]:
-        """For each block, `None` or the outcomes before it of all processes' completions."""
+        """For each block, the outcomes before it of all processes' completions, or `None` if they are not needed."""
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
         columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
         columns["trainer_state"] = self.state
+        # A reward function as outcome has logged its values already.
+        columns["log_extra"] = columns["log_metric"] = lambda name, values: None
         if self.environments is not None:
             columns["environments"] = self.environments
         outcomes: list[list | None] = [None]
         for block in self.blocks[1:]:
-            if block.outcome is None:
+            if self.args.baseline != "outcome":
                 outcomes.append(None)
                 continue
             values = list(block.outcome(**columns))

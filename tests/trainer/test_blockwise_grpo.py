@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
@@ -159,18 +160,39 @@ def test_a_single_block_is_trls_grpo_bit_for_bit(scale_rewards, num_iterations, 
 
 
 @pytest.mark.parametrize("loss_type", ["sapo", "vespo"])
-def test_other_losses_scale_with_the_blocks_advantage(loss_type, tmp_path):
-    """Twice the blocks' weights is twice the gradient, and only the blocks with a weight move."""
+def test_other_losses_begin_like_grpo(loss_type, tmp_path):
+    """At ratios of 1 the slope of both is 1, so the first gradient is that of the plain loss."""
+    gradients = {}
+    for kind in ("grpo", loss_type):
+        trainer = make_trainer(tmp_path, make_blocks(weight=0.5), loss_type=kind, masked=("maybe",))
+        trainer.train()
+        gradients[kind] = trainer.watch.gradients[0]
+    torch.testing.assert_close(gradients[loss_type], gradients["grpo"], rtol=1e-4, atol=1e-7)
+
+
+def test_only_a_blocks_own_tokens_carry_its_advantage(tmp_path):
+    """Without weight on the solution, its reward changes nothing, and the confidence's tokens still learn."""
     gradients = []
-    for weight in (1.0, 2.0):
-        blocks = [
-            Block("solution", solution_reward, tags=("reasoning", "answer"), weight=weight),
-            Block("confidence", confidence_reward, tags=("analysis", "confidence"), outcome=outcome, weight=weight),
-        ]
-        trainer = make_trainer(tmp_path, blocks, loss_type=loss_type)
+    for reward in (solution_reward, confidence_reward):
+        blocks = [Block("solution", reward, tags=("reasoning", "answer"), weight=0.0), make_blocks()[1]]
+        trainer = make_trainer(tmp_path, blocks)
         trainer.train()
         gradients.append(trainer.watch.gradients[0])
-    torch.testing.assert_close(gradients[1], 2 * gradients[0], rtol=1e-5, atol=1e-7)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_the_loss_in_evaluation_is_the_same_for_all_types(tmp_path):
+    """Evaluation has neither accumulation nor steps, whatever the type's own normalisation."""
+    losses = []
+    for loss_type in ("grpo", "dapo", "bnpo", "dr_grpo"):
+        trainer = make_trainer(
+            tmp_path, loss_type=loss_type, extra={"eval_dataset": prompts(2)}, per_device_eval_batch_size=8
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+        rows = advantages_by_hand(trainer.rollout.rows[0]["completion_ids"], trainer.processing_class, 4)
+    expected = -mean([row["advantages"][0] + (row["advantages"][1] or 0.0) for row in rows])
+    assert losses == pytest.approx([expected] * 4, abs=1e-6)
+    assert len(rows) == 8
 
 
 # What is logged
@@ -341,29 +363,36 @@ def test_the_baseline_options_reach_the_advantages(tmp_path):
 
 
 def test_two_processes_and_one_give_the_same(tmp_path):
-    spec = {"log_completions": True, "max_steps": 2, "learning_rate": 0.1, "loss_type": "dapo"}
-    two = {**spec, "output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
-    (tmp_path / "spec.json").write_text(json.dumps([two]))
+    """With groups of four each process has a group of its own; a group of eight spans both."""
+    base = {"log_completions": True, "max_steps": 2, "learning_rate": 0.1, "loss_type": "dapo"}
+    specs = [base, {**base, "num_generations": 8}, {**base, "baseline": "batch"}]
+    folders = [str(tmp_path / f"two-{i}") for i in range(3)]
+    two = [
+        {**spec, "output_dir": folder, "gradient_accumulation_steps": 1}
+        for spec, folder in zip(specs, folders, strict=True)
+    ]
+    (tmp_path / "spec.json").write_text(json.dumps(two))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(ROOT / "tests" / "trainer" / "text_runs.py"), str(tmp_path / "spec.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
-    results = [torch.load(tmp_path / f"results-{rank}.pt", weights_only=False)[0] for rank in (0, 1)]
-    one = run({**spec, "output_dir": str(tmp_path / "one")})
-    assert torch.equal(results[0]["weights"], results[1]["weights"])
-    torch.testing.assert_close(results[0]["weights"], one["weights"], rtol=1e-5, atol=1e-6)
-    for step in (1, 2):
-        name = f"completions/completions_0000{step}.parquet"
-        theirs, ours = pd.read_parquet(tmp_path / "two" / name), pd.read_parquet(tmp_path / "one" / name)
-        assert list(theirs["completion"]) == list(ours["completion"]) and len(theirs) == 8
-        for column in ("solution/advantage", "confidence/advantage", "confidence/reward"):
-            assert list(theirs[column]) == pytest.approx(list(ours[column]), abs=1e-6, nan_ok=True)
-    names = [name for name in one["log"][0] if name.startswith("blocks/")]
-    assert len(names) == 8
-    for mine, theirs in zip(one["log"][:2], results[0]["log"][:2], strict=True):
-        assert [mine[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-6)
+    results = [torch.load(tmp_path / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for i, (spec, folder, first, second) in enumerate(zip(specs, folders, *results, strict=True)):
+        one = run({**spec, "output_dir": str(tmp_path / f"one-{i}")})
+        assert torch.equal(first["weights"], second["weights"])
+        torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-6)
+        for step in (1, 2):
+            name = f"completions/completions_0000{step}.parquet"
+            theirs, ours = pd.read_parquet(Path(folder) / name), pd.read_parquet(tmp_path / f"one-{i}" / name)
+            assert list(theirs["completion"]) == list(ours["completion"]) and len(theirs) == 8
+            for column in ("solution/advantage", "confidence/advantage", "confidence/reward"):
+                assert list(theirs[column]) == pytest.approx(list(ours[column]), abs=1e-6, nan_ok=True)
+        names = [name for name in one["log"][0] if name.startswith("blocks/")]
+        assert len(names) == 8
+        for mine, theirs in zip(one["log"][:2], first["log"][:2], strict=True):
+            assert [mine[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-6)
 
 
 def test_resuming_goes_straight_on(tmp_path):
@@ -393,6 +422,7 @@ def test_saves_what_loads_with_one_line(tmp_path):
         ({"baseline": "median"}, "`baseline='median'`.*outcome, group, batch, none"),
         ({"min_stratum_size": 0}, "`min_stratum_size=0`.*at least 1"),
         ({"min_stratum_size": 9}, "`min_stratum_size=9`.*`num_generations=4`"),
+        ({"min_stratum_size": 4, "leave_one_out": True}, "`min_stratum_size=4`.*left out"),
         ({"shrinkage": -1.0}, "`shrinkage=-1.0`.*at least 0"),
         ({"shrinkage": float("nan")}, "`shrinkage=nan`"),
         ({"scale_rewards": "median"}, "`scale_rewards='median'`.*none, group or batch"),
@@ -445,6 +475,55 @@ def test_other_bad_arguments_of_the_trainer(tmp_path):
         BlockwiseGRPOTrainer(
             "no/such-model", make_blocks(), make_config(tmp_path), prompts(), reward_funcs=[solution_reward]
         )
+
+
+def look(place: str) -> str:
+    """
+    Looks somewhere.
+
+    Args:
+        place: Where to look.
+    """
+    return "nothing"
+
+
+class Environment:
+    def reset(self, **columns):
+        return None
+
+    def get_reward(self):
+        return 1.0
+
+
+def tool_tokenizer():
+    tokenizer = text_models.byte_level(text_models.BRACKETS)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return tokenizer
+
+
+def test_tools(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + {i}?"}], "number": i} for i in range(8)]
+    trainer = make_trainer(
+        tmp_path, tokenizer=tool_tokenizer(), train=Dataset.from_list(rows), sampled=True, extra={"tools": [look]}
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["tools/call_frequency"] == 0
+    assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_a_reward_of_the_environment_belongs_to_no_block(tmp_path):
+    with pytest.raises(ValueError, match="`get_reward`, which belongs to no block"):
+        make_trainer(tmp_path, tokenizer=tool_tokenizer(), extra={"environment_factory": Environment})
+
+
+def test_special_tags_are_found_with_a_warning(tmp_path, caplog):
+    tokenizer = text_models.byte_level(special=text_models.BRACKETS)
+    trainer = make_trainer(tmp_path, tokenizer=tokenizer)
+    assert "Tags of block 'confidence' are special tokens" in caplog.text
+    trainer.train()
+    assert trainer.state.log_history[0]["blocks/confidence/found"] > 0.5
 
 
 def too_few(completion_ids, **columns):
