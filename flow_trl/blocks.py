@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -241,10 +242,10 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
     ```
     """
     token_ids = list(token_ids)
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:  # several times faster than through its wrapper
+        decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    else:
+        decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = decode(token_ids)
     spans = find_blocks(text, blocks)
 

@@ -232,11 +232,11 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         parsed, advantages, local = self._credit
-        block_index = torch.zeros_like(output["completion_ids"])
-        for row, completion in zip(block_index, parsed, strict=True):
-            row[: len(completion.block_index)] = row.new_tensor(completion.block_index)
+        ids = output["completion_ids"]
+        padding = [0] * ids.shape[1]
+        rows = [(completion.block_index + padding)[: ids.shape[1]] for completion in parsed]
         output["advantages"] = advantages[local]
-        output["block_index"] = block_index
+        output["block_index"] = torch.tensor(rows, device=ids.device)
         logged = self._logs["advantages"]
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
