@@ -195,7 +195,7 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
         folder.mkdir(parents=True, exist_ok=True)
         valid = json.loads(json.dumps(results), parse_constant=lambda nan: None)
         (folder / "results.json").write_text(json.dumps(valid, indent=2))
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=folder.name)
     trainer.save_model()  # and push, with `--push_to_hub`
     if not trainer.is_world_process_zero():
         return

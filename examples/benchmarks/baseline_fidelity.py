@@ -132,7 +132,7 @@ def main() -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("RMSE of the advantage against Monte Carlo")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / "baseline_fidelity.png", dpi=150)
