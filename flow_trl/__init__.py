@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from .policy import PipelinePolicy as PipelinePolicy
     from .trainer.blockwise_grpo_config import BlockwiseGRPOConfig as BlockwiseGRPOConfig
     from .trainer.blockwise_grpo_trainer import BlockwiseGRPOTrainer as BlockwiseGRPOTrainer
+    from .trainer.ddpo_config import DDPOConfig as DDPOConfig
+    from .trainer.ddpo_trainer import DDPOTrainer as DDPOTrainer
     from .trainer.flow_grpo_config import FlowGRPOConfig as FlowGRPOConfig
     from .trainer.flow_grpo_trainer import FlowGRPOTrainer as FlowGRPOTrainer
+    from .trainer.tdpo_r_config import TDPORConfig as TDPORConfig
+    from .trainer.tdpo_r_trainer import TDPORTrainer as TDPORTrainer
     from .trainer.tp_grpo_config import TPGRPOConfig as TPGRPOConfig
     from .trainer.tp_grpo_trainer import TPGRPOTrainer as TPGRPOTrainer
 
@@ -25,9 +29,13 @@ _MODULES = {
     "Block": "flow_trl.blocks",
     "BlockwiseGRPOConfig": "flow_trl.trainer.blockwise_grpo_config",
     "BlockwiseGRPOTrainer": "flow_trl.trainer.blockwise_grpo_trainer",
+    "DDPOConfig": "flow_trl.trainer.ddpo_config",
+    "DDPOTrainer": "flow_trl.trainer.ddpo_trainer",
     "FlowGRPOConfig": "flow_trl.trainer.flow_grpo_config",
     "FlowGRPOTrainer": "flow_trl.trainer.flow_grpo_trainer",
     "PipelinePolicy": "flow_trl.policy",
+    "TDPORConfig": "flow_trl.trainer.tdpo_r_config",
+    "TDPORTrainer": "flow_trl.trainer.tdpo_r_trainer",
     "TPGRPOConfig": "flow_trl.trainer.tp_grpo_config",
     "TPGRPOTrainer": "flow_trl.trainer.tp_grpo_trainer",
 }

@@ -1,4 +1,4 @@
-"""Callbacks for diffusion training: moving average, image grids, learning curve."""
+"""Callbacks for diffusion training: moving average, image grids, learning curve, over-optimisation."""
 
 import logging
 from contextlib import contextmanager
@@ -190,3 +190,136 @@ class LearningCurveCallback(TrainerCallback):
         figure.axes[0].set_ylabel("reward")
         figure.axes[0].legend()
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)
+
+
+def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
+    """
+    Draws rewards that are not trained against the one that is, over the evaluations of one or more runs: where a
+    reward falls while the trained one rises, a run over-optimises.
+
+    There is one panel for each reward and one colour for each run, with one point for each evaluation, joined in
+    order. The first and the last point bear their number of updates; the bars are standard errors over the prompts.
+
+    Args:
+        curves (`dict[str, list[dict]]`):
+            By the name of a run, its evaluations as in `trainer.state.log_history`; other entries are ignored, so a
+            whole `log_history` will do.
+        names (`list[str]`):
+            Names of the reward functions that are not trained.
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure, not yet saved.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed (extra `plots`).
+
+    Example:
+
+    ```python
+    >>> histories = {"Flow-GRPO": flow_grpo.state.log_history, "TP-GRPO": tp_grpo.state.log_history}
+    >>> cross_reward_figure(histories, ["pickscore", "hps"]).savefig("cross_reward.png")
+    ```
+    """
+    figures = import_extra("matplotlib.figure", extra="plots", purpose="the cross-reward figure")
+    figure = figures.Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        key = f"eval_rewards/{name}"
+        for index, (label, history) in enumerate(curves.items()):
+            points = [entry for entry in history if "eval_reward" in entry and f"{key}/mean" in entry]
+            x, y = [entry["eval_reward"] for entry in points], [entry[f"{key}/mean"] for entry in points]
+            errors = [entry.get(f"{key}/se", np.nan) for entry in points]
+            color = f"C{index}"  # the same in every panel, also where a run lacks a reward
+            axes.errorbar(x, y, yerr=errors, marker="o", color=color, ecolor=(color, 0.4), label=label)
+            for end in points[:1] + points[1:][-1:]:
+                place = (end["eval_reward"], end[f"{key}/mean"])
+                axes.annotate(end["step"], place, (4, 4), textcoords="offset points", color=color, fontsize=8)
+        axes.set_xlabel("reward (trained)")
+        axes.set_ylabel(f"{name} (not trained)")
+        axes.margins(x=0.1)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
+    return figure
+
+
+class OverOptimizationCallback(TrainerCallback):
+    r"""
+    Watches the rewards that are not trained (`out_of_domain_rewards` of the config). After each evaluation it draws
+    them against the trained one, as `over_optimization.png` in `output_dir`, and adds to the metrics, for each of
+    them, how much it has fallen from its best evaluation so far, as a share of that best value b:
+
+    \\( (b - \text{now}) / |b| \\), logged as `eval_over_optimization/<name>`; 0 where b is 0.
+
+    The best evaluation is taken from `state.log_history`, so a resumed run goes on with it. A share has little meaning
+    for a reward whose values are around 0 (ImageReward's, for example): look at the picture for those.
+
+    The metrics are what `trainer.evaluate` returns and what `state.log_history` holds. Trackers do not get the shares:
+    they have been sent the evaluation before callbacks see it.
+
+    Args:
+        stop_after_fall (`float`, *optional*):
+            Stops training as soon as one of these rewards has fallen by this share or more, in (0, 1], while the
+            trained reward is at least as high as it was at that reward's best evaluation. By default training goes on.
+
+    Raises:
+        ValueError: if `stop_after_fall` is not in (0, 1], or, when it begins, if `out_of_domain_rewards` is not set.
+        MissingExtraError: if matplotlib is not installed (extra `plots`).
+
+    Example:
+
+    ```python
+    >>> config = TPGRPOConfig(..., out_of_domain_rewards=["pickscore", "hps"])
+    >>> trainer = TPGRPOTrainer(..., args=config, callbacks=[OverOptimizationCallback(stop_after_fall=0.1)])
+    ```
+    """
+
+    def __init__(self, stop_after_fall: float | None = None):
+        if stop_after_fall is not None and not 0 < stop_after_fall <= 1:
+            raise ValueError(
+                f"`stop_after_fall={stop_after_fall}`: pass a share of the best value, in (0, 1], or None."
+            )
+        # Missing it is better known now than at the first evaluation.
+        import_extra("matplotlib.figure", extra="plots", purpose="the figure of over-optimisation")
+        self.stop_after_fall = stop_after_fall
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._names(args)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        names = self._names(args)
+        if "eval_reward" not in metrics:  # one of several data sets, which have prefixes of their own
+            return
+        evaluations = [entry for entry in state.log_history if "eval_reward" in entry]
+        now = evaluations[-1]
+        for name in names:
+            key = f"eval_rewards/{name}/mean"
+            if key not in now:
+                continue
+            best = max((entry for entry in evaluations if key in entry), key=lambda entry: entry[key])
+            fall = (best[key] - now[key]) / abs(best[key]) if best[key] else 0.0
+            metrics[f"eval_over_optimization/{name}"] = now[f"eval_over_optimization/{name}"] = fall
+            rises = now["eval_reward"] >= best["eval_reward"]
+            if self.stop_after_fall is not None and fall >= self.stop_after_fall and rises:
+                logger.warning(
+                    "Training stops at step %d: the reward %r, which is not trained, has fallen by %.1f%% since step "
+                    "%d, while the trained reward went from %.4g to %.4g.",
+                    now["step"],
+                    name,
+                    100 * fall,
+                    best["step"],
+                    best["eval_reward"],
+                    now["eval_reward"],
+                )
+                control.should_training_stop = True
+        if state.is_world_process_zero:
+            figure = cross_reward_figure({Path(args.output_dir).name: evaluations}, names)
+            figure.savefig(Path(args.output_dir) / "over_optimization.png", dpi=120)
+
+    @staticmethod
+    def _names(args: Any) -> list[str]:
+        names = getattr(args, "out_of_domain_rewards", None)  # language-model configs have no such field
+        if not names:
+            raise ValueError(
+                f"`out_of_domain_rewards={names}`: `OverOptimizationCallback` has nothing to watch. Set it in the "
+                "config to the names of reward functions that are not trained."
+            )
+        return names

@@ -35,6 +35,26 @@ class Trajectory(NamedTuple):
     steps: range
 
 
+def euler_step(
+    velocity: torch.Tensor, sample: torch.Tensor, step: int, next_step: int, schedule: Schedule
+) -> torch.Tensor:
+    r"""
+    The ODE step of a flow model, \\( x_j = x_i + (s_j - s_i)\, v(x_i, s_i) \\).
+
+    Args:
+        velocity, sample (`torch.Tensor` of shape `(N, ...)`):
+            Velocity and latents before the step.
+        step, next_step (`int`):
+            Indices i and j > i of the schedule.
+        schedule ([`~flow_trl.policy.Schedule`]):
+            The schedule.
+
+    Returns:
+        `torch.Tensor` of shape `(N, ...)`: the latents before step j.
+    """
+    return sample + (schedule.sigmas[next_step] - schedule.sigmas[step]) * velocity
+
+
 @torch.no_grad()
 def rollout(
     policy: PipelinePolicy,
@@ -44,6 +64,7 @@ def rollout(
     *,
     num_inference_steps: int,
     transition: Callable[..., Transition] | None = None,
+    ode_step: Callable[..., torch.Tensor] = euler_step,
     steps: range = range(0),
     completions: bool = False,
     completion_stride: int = 1,
@@ -51,13 +72,12 @@ def rollout(
     callback: Callable[[int], None] | None = None,
 ) -> Trajectory:
     r"""
-    Samples N trajectories of a flow policy; the steps outside `steps` are ODE steps,
-    \\( x_{i+1} = x_i + (s_{i+1} - s_i)\, v(x_i, s_i) \\).
+    Samples N trajectories; the steps outside `steps` are deterministic.
 
     With `completions`, also follows the ODE to its end from before each stochastic step
     ([TP-GRPO](https://huggingface.co/papers/2602.06422)). At step i the sampled trajectory and all open completions are
     at the same sigma, so they advance together in one batch, and the completion that opens there takes its first step
-    with the velocity just computed for the trajectory. T steps, all but the last stochastic, cost T (T + 1) / 2
+    with the model output just computed for the trajectory. T steps, all but the last stochastic, cost T (T + 1) / 2
     evaluations per image in T batches, and nothing is approximated.
 
     Args:
@@ -73,7 +93,9 @@ def rollout(
         num_inference_steps (`int`):
             Number T of denoising steps.
         transition (`Callable`, *optional*):
-            Stochastic step, called as `transition(velocity, sample, step_index, schedule, noise=noise)`.
+            Stochastic step, called as `transition(output, sample, step_index, schedule, noise=noise)`.
+        ode_step (`Callable`, *optional*, defaults to [`euler_step`]):
+            Deterministic step, called as `ode_step(output, sample, step_index, next_index, schedule)`.
         steps (`range`, *optional*, defaults to `range(0)`):
             Indices of the K stochastic steps, contiguous. The default samples the ODE.
         completions (`bool`, *optional*, defaults to `False`):
@@ -102,39 +124,38 @@ def rollout(
     starts = [policy.start(conditioning[row], num_inference_steps, [next(drawn) for _ in row]) for row in rows]
     sampled = torch.cat([start.latents for start in starts])
     schedule = starts[0].schedule
-    sigmas = schedule.sigmas
 
-    def velocities(latents: list[torch.Tensor], step: int) -> tuple[torch.Tensor, ...]:
+    def outputs(latents: list[torch.Tensor], step: int) -> tuple[torch.Tensor, ...]:
         row = torch.as_tensor(prompt_index).repeat(len(latents))
         size = batch_size or len(row)
         parts = zip(torch.cat(latents).split(size), row.split(size), strict=True)
-        velocity = torch.cat([policy.predict(part, step, conditioning[index], schedule) for part, index in parts])
-        return velocity.chunk(len(latents))
+        output = torch.cat([policy.predict(part, step, conditioning[index], schedule) for part, index in parts])
+        return output.chunk(len(latents))
 
     latents, log_probs = [], []
     open_completions: list[torch.Tensor] = []
     arrives: list[int] = []  # the step at which a completion's latents are now
     for i in range(num_inference_steps):
         due = [k for k, step in enumerate(arrives) if step == i]
-        velocity, *completion_velocities = velocities([sampled, *(open_completions[k] for k in due)], i)
+        output, *completion_outputs = outputs([sampled, *(open_completions[k] for k in due)], i)
         if completions and i in steps:
             due.append(len(open_completions))
             open_completions.append(sampled)
             arrives.append(i)
-            completion_velocities.append(velocity)
-        for k, completion_velocity in zip(due, completion_velocities, strict=True):
+            completion_outputs.append(output)
+        for k, completion_output in zip(due, completion_outputs, strict=True):
             arrives[k] = min(i + completion_stride, num_inference_steps)
-            open_completions[k] = open_completions[k] + (sigmas[arrives[k]] - sigmas[i]) * completion_velocity
+            open_completions[k] = ode_step(completion_output, open_completions[k], i, arrives[k], schedule)
         if i in steps:
             noise = torch.stack([torch.randn(sampled.shape[1:], generator=generator) for generator in generators])
-            step = transition(velocity, sampled, i, schedule, noise=noise.to(sampled.device))
+            step = transition(output, sampled, i, schedule, noise=noise.to(sampled.device))
             latents.append(sampled)
             log_probs.append(step.log_prob)
             sampled = step.next_sample
             if i + 1 not in steps:
                 latents.append(sampled)
         else:
-            sampled = sampled + (sigmas[i + 1] - sigmas[i]) * velocity
+            sampled = ode_step(output, sampled, i, i + 1, schedule)
         if callback is not None:
             callback(i)
     empty = sampled.new_zeros(len(sampled), 0)

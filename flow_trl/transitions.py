@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from diffusers import DDIMScheduler
 
 
 class Transition(NamedTuple):
@@ -110,17 +111,7 @@ def flow_step(
     True
     ```
     """
-    if (next_sample is None) == (noise is None):
-        got = "neither" if noise is None else "both"
-        raise ValueError(
-            f"Exactly one of `next_sample` and `noise` must be given, got {got}: pass `noise` to draw a sample, or "
-            "`next_sample` to score one."
-        )
-    for name, tensor in (("velocity", velocity), ("next_sample", next_sample), ("noise", noise)):
-        if tensor is not None and tensor.shape != sample.shape:
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}, `sample` has {tuple(sample.shape)}: they must be equal."
-            )
+    _check_tensors("velocity", velocity, sample, next_sample, noise)
     if sde_type not in ("sde", "cps"):
         raise ValueError(f'`sde_type` is {sde_type!r}: use "sde" or "cps".')
     if not noise_level > 0 or (sde_type == "cps" and noise_level > 1):
@@ -158,12 +149,115 @@ def flow_step(
         mean = (1 - s_next) * x0 + s_next * math.cos(a * math.pi / 2) * x1  # cos: sqrt(s'^2 - std^2)
 
     next_sample = next_sample.float() if noise is None else mean + noise_std * noise.float()
-    log_prob = -((next_sample.detach() - mean) ** 2)
     if sde_type == "sde":
-        log_prob = log_prob / (2 * noise_std**2) - math.log(noise_std) - 0.5 * math.log(2 * math.pi)
+        log_prob = _log_density(next_sample, mean, noise_std)
+    else:
+        log_prob = -((next_sample.detach() - mean) ** 2)
     return Transition(
         next_sample, mean, mean.new_full((), std), _mean_over_elements(log_prob), mean.new_full((), noise_std)
     )
+
+
+def ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    timestep: int | torch.Tensor,
+    scheduler: DDIMScheduler,
+    *,
+    eta: float = 1.0,
+    next_sample: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> Transition:
+    r"""
+    One stochastic step of a diffusion model by DDIM: draws `x_{t'}` from `x_t` with `noise`, or scores a given
+    `next_sample`.
+
+    With the noise \\( \epsilon \\) and the clean sample \\( x_0 \\) that the model output stands for
+    ([DDIM](https://huggingface.co/papers/2010.02502), as a policy in [DDPO](https://huggingface.co/papers/2305.13301)):
+
+    $$ \sigma = \eta \sqrt{\tfrac{1-\bar\alpha_{t'}}{1-\bar\alpha_t} \left(1 - \tfrac{\bar\alpha_t}{\bar\alpha_{t'}}\right)},
+    \qquad x' = \sqrt{\bar\alpha_{t'}}\, x_0 + \sqrt{1-\bar\alpha_{t'}-\sigma^2}\; \epsilon + \sigma z $$
+
+    The next timestep t' is one stride of the scheduler below t, at least 0: so the last step is stochastic too, unless it
+    starts at timestep 0. The log-probability is the normal log-density. Everything is in float32, and a sample drawn with
+    `noise` and then passed back as `next_sample` has a bit-identical `log_prob`; as in [`flow_step`], it treats
+    `next_sample` as a constant.
+
+    Args:
+        model_output (`torch.Tensor` of shape `(B, ...)`):
+            What the model predicted at `sample`, guidance included: noise, v or the clean sample, as
+            `scheduler.config.prediction_type` says.
+        sample (`torch.Tensor` of shape `(B, ...)`):
+            The latents `x_t`.
+        timestep (`int` or scalar `torch.Tensor`):
+            Timestep of `sample`: one for the whole batch.
+        scheduler ([`~diffusers.DDIMScheduler`]):
+            The noise schedule, after `set_timesteps`. It is not modified.
+        eta (`float`, *optional*, defaults to `1.0`):
+            Amount of noise, in (0, 1]. 1 is that of DDPM.
+        next_sample (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            A sample to score.
+        noise (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            Standard normal noise to draw a sample with. Exactly one of `next_sample` and `noise` must be given.
+
+    Returns:
+        [`Transition`]: `std` and `noise_std` are both the standard deviation \\( \sigma \\).
+
+    Raises:
+        ValueError: if both or none of `next_sample` and `noise` are given, if shapes differ, if `eta` is out of its
+            range, if `set_timesteps` was not called, or if the step has no noise because it starts at timestep 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from diffusers import DDIMScheduler
+    >>> from flow_trl.transitions import ddim_step
+
+    >>> scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    >>> scheduler.set_timesteps(50)
+    >>> x, output, z = torch.randn(3, 2, 4, 64, 64).unbind()
+    >>> drawn = ddim_step(output, x, scheduler.timesteps[0], scheduler, noise=z)
+    >>> scored = ddim_step(output, x, scheduler.timesteps[0], scheduler, next_sample=drawn.next_sample)
+    >>> torch.equal(drawn.log_prob, scored.log_prob)
+    True
+    ```
+    """
+    _check_tensors("model_output", model_output, sample, next_sample, noise)
+    if not 0 < eta <= 1:
+        raise ValueError(
+            f"`eta` is {eta}: it must be in (0, 1]; 1 is usual. A step without noise (`eta` of 0) has no probability: "
+            "use `scheduler.step`."
+        )
+    config = scheduler.config
+    if scheduler.num_inference_steps is None:
+        raise ValueError("`scheduler` has no timesteps: call `scheduler.set_timesteps(num_inference_steps)` first.")
+    t = int(timestep)
+    t_next = max(t - config.num_train_timesteps // scheduler.num_inference_steps, 0)
+    if not t_next < t < config.num_train_timesteps:
+        raise ValueError(
+            f"`timestep` is {t}: it must be in [1, {config.num_train_timesteps - 1}], since a step from 0 has no noise. "
+            "If the scheduler's last timestep is 0, give it `steps_offset=1` or fewer steps."
+        )
+    alpha, alpha_next = scheduler.alphas_cumprod[t].item(), scheduler.alphas_cumprod[t_next].item()
+    std = eta * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
+
+    x, output = sample.float(), model_output.float()
+    if config.prediction_type == "epsilon":
+        x0, epsilon = (x - math.sqrt(1 - alpha) * output) / math.sqrt(alpha), output
+    elif config.prediction_type == "v_prediction":
+        x0 = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * output
+        epsilon = math.sqrt(alpha) * output + math.sqrt(1 - alpha) * x
+    else:
+        x0, epsilon = output, (x - math.sqrt(alpha) * output) / math.sqrt(1 - alpha)
+    if config.thresholding:
+        x0 = scheduler._threshold_sample(x0)
+    elif config.clip_sample:
+        x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+    mean = math.sqrt(alpha_next) * x0 + math.sqrt(1 - alpha_next - std**2) * epsilon
+    next_sample = next_sample.float() if noise is None else mean + std * noise.float()
+    log_prob = _mean_over_elements(_log_density(next_sample, mean, std))
+    return Transition(next_sample, mean, mean.new_full((), std), log_prob, mean.new_full((), std))
 
 
 def kl_divergence(
@@ -207,6 +301,24 @@ def kl_divergence(
             f"{tuple(transition_mean.shape)}: they must be equal."
         )
     return _mean_over_elements((transition_mean.float() - reference_mean.float()) ** 2 / (2 * noise_std**2))
+
+
+def _check_tensors(name, output, sample, next_sample, noise) -> None:
+    if (next_sample is None) == (noise is None):
+        got = "neither" if noise is None else "both"
+        raise ValueError(
+            f"Exactly one of `next_sample` and `noise` must be given, got {got}: pass `noise` to draw a sample, or "
+            "`next_sample` to score one."
+        )
+    for key, tensor in ((name, output), ("next_sample", next_sample), ("noise", noise)):
+        if tensor is not None and tensor.shape != sample.shape:
+            raise ValueError(
+                f"`{key}` has shape {tuple(tensor.shape)}, `sample` has {tuple(sample.shape)}: they must be equal."
+            )
+
+
+def _log_density(next_sample: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+    return -((next_sample.detach() - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def _mean_over_elements(x: torch.Tensor) -> torch.Tensor:

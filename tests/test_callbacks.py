@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from flow_trl.callbacks import EMACallback, LearningCurveCallback, log_image, save_image_grid
+from flow_trl.callbacks import (
+    EMACallback,
+    LearningCurveCallback,
+    OverOptimizationCallback,
+    cross_reward_figure,
+    log_image,
+    save_image_grid,
+)
 
 
 def parameters():
@@ -143,3 +150,153 @@ def test_learning_curve(tmp_path, monkeypatch):
     monkeypatch.undo()
     LearningCurveCallback().on_train_end(args, TrainerState(log_history=history), None)
     assert Image.open(path).size == (1440, 432)
+
+
+def evaluation(step, reward, **others):
+    """An entry of `log_history`; `others` are rewards that are not trained, each with a standard error of a tenth."""
+    entry = {"eval_reward": reward, "eval_reward_se": 0.01, "eval_rewards/trained/mean": reward, "step": step}
+    for name, value in others.items():
+        entry |= {f"eval_rewards/{name}/mean": value, f"eval_rewards/{name}/se": abs(value) / 10}
+    return entry
+
+
+def over_optimize(tmp_path, entries, names=("hps",), stop_after_fall=None, history=()):
+    """Evaluates `entries` after `history`; returns the state, the control and the metrics of each evaluation."""
+    pytest.importorskip("matplotlib")
+    args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=list(names))
+    state, control, callback = TrainerState(), TrainerControl(), OverOptimizationCallback(stop_after_fall)
+    state.log_history = list(history)
+    callback.on_train_begin(args, state, control)
+    seen = []
+    for entry in entries:
+        state.log_history.append(dict(entry))
+        seen.append({name: value for name, value in entry.items() if name != "step"})
+        callback.on_evaluate(args, state, control, metrics=seen[-1])
+    return state, control, seen
+
+
+def drawn_points(axes):
+    return [line.get_xydata().tolist() for line in axes.lines]
+
+
+def test_cross_reward_figure_has_a_panel_for_each_reward_and_a_colour_for_each_run():
+    pytest.importorskip("matplotlib")
+    first = [
+        evaluation(0, 1.0, hps=0.5, pick=-2.0),
+        {"reward": 9.0, "step": 5},
+        evaluation(10, 2.0, hps=0.4, pick=-1.0),
+    ]
+    first += [{"eval_other_reward": 9.0, "eval_rewards/hps/mean": 9.0, "step": 10}, evaluation(20, 1.5, hps=0.2)]
+    figure = cross_reward_figure({"a": first, "b": [evaluation(3, 1.0, pick=-3.0)]}, ["hps", "pick"])
+    hps, pick = figure.axes
+    assert drawn_points(hps) == [[[1.0, 0.5], [2.0, 0.4], [1.5, 0.2]], []]
+    assert drawn_points(pick) == [[[1.0, -2.0], [2.0, -1.0]], [[1.0, -3.0]]]
+    for axes in figure.axes:
+        assert [line.get_color() for line in axes.lines] == ["C0", "C1"]
+    assert [text.get_text() for text in hps.texts] == ["0", "20"]
+    assert [(text.get_text(), text.xy) for text in pick.texts] == [
+        ("0", (1.0, -2.0)),
+        ("10", (2.0, -1.0)),
+        ("3", (1.0, -3.0)),
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    bars = hps.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bars, [[[x, 0.9 * y], [x, 1.1 * y]] for x, y in drawn_points(hps)[0]])
+
+
+def test_cross_reward_figure_without_standard_errors(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [{"eval_reward": x, "eval_rewards/hps/mean": 1 - x, "step": x} for x in (0, 1)]
+    figure = cross_reward_figure({"a": history}, ["hps"])
+    figure.savefig(tmp_path / "figure.png", dpi=50)
+    assert drawn_points(figure.axes[0]) == [[[0, 1], [1, 0]]]
+
+
+def test_over_optimization_is_logged_and_drawn(tmp_path):
+    entries = [evaluation(0, 1.0, hps=0.5, pick=-2.0), evaluation(4, 2.0, hps=0.8, pick=-3.0)]
+    entries += [evaluation(8, 3.0, hps=0.6, pick=-1.0), evaluation(12, 4.0, hps=0.2)]
+    state, control, seen = over_optimize(tmp_path, entries, names=["hps", "pick"])
+    falls = [{name.split("/")[1]: metrics[name] for name in metrics if "over" in name} for metrics in seen]
+    assert falls[0] == {"hps": 0, "pick": 0}
+    assert falls[1] == pytest.approx({"hps": 0, "pick": 0.5})
+    assert falls[2] == pytest.approx({"hps": 0.25, "pick": 0})
+    assert falls[3] == pytest.approx({"hps": 0.75})  # the other one was not scored
+    for metrics, entry in zip(seen, state.log_history, strict=True):
+        assert entry.items() >= metrics.items()
+    assert not control.should_training_stop
+    assert Image.open(tmp_path / "over_optimization.png").size == (1008, 432)
+
+
+def test_over_optimization_of_a_best_value_of_zero_is_zero(tmp_path):
+    _, control, seen = over_optimize(
+        tmp_path, [evaluation(0, 1.0, hps=0.0), evaluation(1, 2.0, hps=-5.0)], stop_after_fall=0.1
+    )
+    assert seen[-1]["eval_over_optimization/hps"] == 0
+    assert not control.should_training_stop
+
+
+def test_over_optimization_is_drawn_on_the_main_process_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    state = TrainerState(is_world_process_zero=False, log_history=[evaluation(0, 1.0, hps=0.5)])
+    args, metrics = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=["hps"]), {"eval_reward": 1.0}
+    OverOptimizationCallback().on_evaluate(args, state, TrainerControl(), metrics=metrics)
+    assert metrics["eval_over_optimization/hps"] == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rewards", "others", "stops"),
+    [
+        ([1, 2, 3], [0.5, 0.8, 0.72], True),  # by a tenth
+        ([1, 2, 3], [0.5, 0.8, 0.73], False),
+        ([1, 2, 2], [0.5, 0.8, 0.4], True),  # the trained reward is as high as at the best
+        ([1, 2, 1.9], [0.5, 0.8, 0.4], False),  # both fell
+        ([1, 3, 2], [0.8, 0.79, 0.4], True),  # the trained reward fell as well, but is above that at the best
+        ([1, 2, 3], [-0.5, -0.4, -0.5], True),
+        ([1, 2, 3], [0.5, 0.6, 0.7], False),
+        ([1], [0.5], False),
+    ],
+)
+def test_stops_where_a_reward_falls_while_the_trained_one_does_not(tmp_path, caplog, rewards, others, stops):
+    entries = [
+        evaluation(step, reward, hps=other, steady=1.0)
+        for step, (reward, other) in enumerate(zip(rewards, others, strict=True))
+    ]
+    _, control, _ = over_optimize(tmp_path, entries, names=["steady", "hps"], stop_after_fall=0.0999)
+    assert control.should_training_stop == stops
+    assert ("'hps'" in caplog.text) == stops
+    if stops:
+        assert "at step 2" in caplog.text and "since step" in caplog.text and "'steady'" not in caplog.text
+
+
+def test_a_resumed_run_goes_on_with_the_best_so_far(tmp_path):
+    entries = [evaluation(0, 1.0, hps=0.5), evaluation(4, 2.0, hps=0.8), evaluation(8, 3.0, hps=0.6)]
+    straight, control, _ = over_optimize(tmp_path, entries, stop_after_fall=0.2)
+    stopped, _, _ = over_optimize(tmp_path, entries[:2], stop_after_fall=0.2)
+    stopped.save_to_json(tmp_path / "trainer_state.json")
+    history = TrainerState.load_from_json(tmp_path / "trainer_state.json").log_history
+    resumed, resumed_control, _ = over_optimize(tmp_path, entries[2:], stop_after_fall=0.2, history=history)
+    assert resumed.log_history == straight.log_history
+    assert control.should_training_stop and resumed_control.should_training_stop
+
+
+def test_evaluations_of_other_data_sets_are_ignored(tmp_path):
+    pytest.importorskip("matplotlib")
+    args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=["hps"])
+    metrics = {"eval_drawn_reward": 1.0, "eval_drawn_rewards/hps/mean": 0.5}
+    state = TrainerState(log_history=[metrics | {"step": 0}])
+    OverOptimizationCallback().on_evaluate(args, state, TrainerControl(), metrics=metrics)
+    assert len(metrics) == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_over_optimization_needs_a_share(share):
+    with pytest.raises(ValueError, match=f"`stop_after_fall={share}`"):
+        OverOptimizationCallback(stop_after_fall=share)
+
+
+@pytest.mark.parametrize("fields", [{}, {"out_of_domain_rewards": None}, {"out_of_domain_rewards": []}])
+def test_over_optimization_needs_rewards_that_are_not_trained(fields):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="`out_of_domain_rewards=.*Set it in the config"):
+        OverOptimizationCallback().on_train_begin(SimpleNamespace(**fields), TrainerState(), TrainerControl())

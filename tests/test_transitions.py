@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from flow_trl.transitions import Transition, flow_step, kl_divergence
+from flow_trl.transitions import Transition, ddim_step, flow_step, kl_divergence
 
 
 CASES = json.loads((Path(__file__).parent / "data/golden/flow_sde_step.json").read_text())["cases"]
@@ -234,3 +235,98 @@ def test_large_noise_levels_are_for_sde_alone():
 def test_kl_divergence_error():
     with pytest.raises(ValueError, match=r"`reference_mean` has shape \(2, 1\)"):
         kl_divergence(X, X[:, :1], 0.3)
+
+
+# DDIM
+
+DDIM_CASES = json.loads((Path(__file__).parent / "data/golden/ddim_step.json").read_text())["cases"]
+SD_SCHEDULE = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+
+
+def ddim(steps=10, **config):
+    scheduler = DDIMScheduler(**(SD_SCHEDULE | config))
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_ddim_golden():
+    assert len(DDIM_CASES) == 32
+    for case in DDIM_CASES:
+        scheduler = ddim(case["num_inference_steps"], prediction_type=case["prediction_type"])
+        assert scheduler.timesteps[case["step_index"]] == case["timestep"]
+        model_output, sample, next_sample = (
+            torch.tensor(case[name]) for name in ("model_output", "sample", "next_sample")
+        )
+        step = ddim_step(model_output, sample, case["timestep"], scheduler, eta=case["eta"], next_sample=next_sample)
+        torch.testing.assert_close(step.log_prob, torch.tensor(case["log_prob"]), rtol=3e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"timestep_spacing": "trailing"}, {"clip_sample": True}, {"thresholding": True}, {"set_alpha_to_one": True}],
+    ids=str,
+)
+def test_ddim_is_the_step_of_the_scheduler(prediction_type, eta, config):
+    scheduler = ddim(prediction_type=prediction_type, **config)
+    output, x, z = draw(2, 3, 4, 4)
+    last = int(scheduler.timesteps[-1])
+    for timestep in scheduler.timesteps:
+        step = ddim_step(output, x, timestep, scheduler, eta=eta, noise=z)
+        if timestep == last and scheduler.config.set_alpha_to_one:
+            continue  # there the scheduler itself goes to no noise at all
+        expected = scheduler.step(output, timestep, x, eta=eta, variance_noise=z).prev_sample
+        torch.testing.assert_close(step.next_sample, expected, rtol=1e-4, atol=1e-5)
+        assert step.std > 0 and step.std == step.noise_std
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ddim_log_prob_and_bits(shape):
+    output, x, z = draw(*shape)
+    scheduler = ddim()
+    drawn = ddim_step(output, x, 401, scheduler, noise=z)
+    scored = ddim_step(output, x, torch.tensor(401), scheduler, next_sample=drawn.next_sample)
+    for name in Transition._fields:
+        assert torch.equal(getattr(drawn, name), getattr(scored, name)), name
+    expected = torch.distributions.Normal(drawn.mean.double(), drawn.std.double()).log_prob(drawn.next_sample.double())
+    torch.testing.assert_close(drawn.log_prob.double(), expected.flatten(1).mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddim_gradient_by_finite_differences(prediction_type):
+    output, x, x_next = (tensor.double() for tensor in draw(2, 6))
+    scheduler = ddim(prediction_type=prediction_type)
+    output.requires_grad_()
+    ddim_step(output, x, 401, scheduler, next_sample=x_next).log_prob.sum().backward()
+    for i in range(6):
+        change = torch.zeros(2, 6, dtype=torch.float64)
+        change[:, i] = 0.05
+        up, down = (
+            ddim_step(output.detach() + sign * change, x, 401, scheduler, next_sample=x_next).log_prob
+            for sign in (1, -1)
+        )
+        torch.testing.assert_close(output.grad[:, i], (up - down).double() / 0.1, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"eta": 0.0}, "`eta` is 0.0: .*scheduler.step"),
+        ({"eta": 1.5}, "`eta` is 1.5"),
+        ({"noise": None}, "got neither"),
+        ({"next_sample": torch.zeros(2, 3)}, "got both"),
+        ({"model_output": torch.zeros(2, 4)}, r"`model_output` has shape \(2, 4\)"),
+        ({"timestep": 0}, "`timestep` is 0: .*steps_offset=1"),
+        ({"timestep": 1000}, "`timestep` is 1000"),
+        ({"scheduler": DDIMScheduler()}, "call `scheduler.set_timesteps"),
+    ],
+)
+def test_ddim_bad_arguments(change, words):
+    arguments = {"model_output": torch.zeros(2, 3), "sample": torch.zeros(2, 3), "timestep": 401, "scheduler": ddim()}
+    arguments |= {"noise": torch.zeros(2, 3), **change}
+    with pytest.raises(ValueError, match=words):
+        ddim_step(**arguments)

@@ -9,9 +9,11 @@ from typing import Any
 from . import arithmetic, scenes
 
 
-__all__ = ["load_flow_pipeline", "load_language_model", "load_prompts"]
+__all__ = ["load_clip", "load_diffusion_pipeline", "load_flow_pipeline", "load_language_model", "load_prompts"]
 
 FLOW_FOLDER = Path(__file__).parent / "flow"
+DIFFUSION_FOLDER = Path(__file__).parent / "diffusion"
+CLIP_FOLDER = Path(__file__).parent / "clip"
 LANGUAGE_FOLDER = Path(__file__).parent / "language"
 _TASKS = {
     "scenes": scenes.load_prompts,
@@ -85,6 +87,61 @@ def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
 
     kwargs = {"dtype": torch.float32, "text_encoder_3": None, "tokenizer_3": None, **kwargs}
     return StableDiffusion3Pipeline.from_pretrained(folder, **kwargs)
+
+
+def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any):
+    """
+    Loads the tiny world's diffusion model, with DDIM and noise prediction as Stable Diffusion 1.x, in float32.
+
+    Args:
+        folder (`str` or `Path`, *optional*):
+            Another pipeline's folder, such as one that `python -m flow_trl.tiny.build_diffusion` has written.
+        kwargs:
+            Go to [`~diffusers.DiffusionPipeline.from_pretrained`]; `dtype` defaults to `torch.float32`.
+
+    Returns:
+        [`~diffusers.StableDiffusionPipeline`]: on the CPU.
+
+    Example:
+
+    ```python
+    >>> pipe = load_diffusion_pipeline()
+    >>> image = pipe("a photo of two red circles", num_inference_steps=10, guidance_scale=2.0).images[0]
+    ```
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    kwargs = {"dtype": torch.float32, "safety_checker": None, "feature_extractor": None, **kwargs}
+    return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
+
+
+def load_clip(folder: str | Path = CLIP_FOLDER, **kwargs: Any):
+    """
+    Loads the tiny world's CLIP, trained on pictures and prompts of `load_prompts("scenes")`, in float32.
+
+    Args:
+        folder (`str` or `Path`, *optional*):
+            Another model's folder, such as one that `python -m flow_trl.tiny.build_clip` has written.
+        kwargs:
+            Go to [`~transformers.CLIPModel.from_pretrained`]; `dtype` defaults to `torch.float32`.
+
+    Returns:
+        `tuple`: [`~transformers.CLIPModel`] on the CPU, in evaluation mode, and its [`~transformers.CLIPProcessor`].
+
+    Example:
+
+    ```python
+    >>> from flow_trl.rewards.clip import ClipScore
+
+    >>> clip_score = ClipScore(*load_clip())
+    ```
+    """
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    kwargs = {"dtype": torch.float32, **kwargs}
+    return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
 
 
 def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):

@@ -13,6 +13,7 @@ import copy
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -57,7 +59,7 @@ class BuildArguments:
     seed: int = field(default=0, metadata={"help": "Seed of pictures, weights and training."})
 
 
-def _make_data(num_images: int, seed: int) -> tuple[list[str], torch.Tensor]:
+def make_data(num_images: int, seed: int) -> tuple[list[str], torch.Tensor]:
     """Draws pictures of train prompts in random order: prompts, images `(N, 3, 32, 32)` in [-1, 1]."""
     rng = np.random.default_rng(seed)
     scenes, words = load_prompts("scenes", "train").to_list(), load_prompts("words", "train").to_list()
@@ -71,10 +73,10 @@ def _make_data(num_images: int, seed: int) -> tuple[list[str], torch.Tensor]:
         render_word(row["text"], seed=seed + i) if "text" in row else render_scene(row["include"], seed=seed + i)
         for i, row in enumerate(tqdm(rows, desc="pictures"))
     ]
-    return [row["prompt"] for row in rows], _to_tensor(images)
+    return [row["prompt"] for row in rows], to_tensor(images)
 
 
-def _to_tensor(images: list[Image.Image]) -> torch.Tensor:
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """PIL images as `(N, 3, 32, 32)` in [-1, 1]."""
     return torch.from_numpy(to_array(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -135,18 +137,18 @@ def train_vae(
         if report and (step + 1) % 250 == 0:
             report(step + 1, vae)
     vae.eval().requires_grad_(False)
-    latents = _encode(vae, images[:4096])
+    latents = encode(vae, images[:4096])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Means of the latents of images, on the CPU, before scaling."""
     return torch.cat([vae.encode(x.to(vae.device)).latent_dist.mean.cpu() for x in images.split(256)])
 
 
-def _make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer: the (lower-case) words of the scene prompts are one token each, all else is spelt by letter."""
     symbols = [*string.ascii_lowercase, *string.digits, *'",.']
     tokens = ["<|startoftext|>", "<|endoftext|>", *(s + end for s in symbols for end in ("", "</w>"))]
@@ -161,7 +163,7 @@ def _make_tokenizer() -> CLIPTokenizer:
 
 def _make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """A pipeline with an untrained transformer and text encoders around a trained autoencoder."""
-    tokenizer = _make_tokenizer()
+    tokenizer = make_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH // 2,
@@ -204,21 +206,40 @@ def _make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-def train_flow(
-    pipe: StableDiffusion3Pipeline,
+def flow_loss(trained: torch.nn.ModuleList, data: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rectified flow of a transformer and two text encoders, on latents `(B, 8, 4, 4)` and tokens `(B, 14)`."""
+    noise, sigma = torch.randn_like(data), torch.randn(len(data), device=data.device).sigmoid()
+    encoded = [encoder(tokens, output_hidden_states=True) for encoder in trained[1:]]
+    velocity = trained[0](
+        hidden_states=torch.lerp(data, noise, sigma[:, None, None, None]),
+        timestep=sigma * 1000,
+        encoder_hidden_states=torch.cat([e.hidden_states[-2] for e in encoded], -1),
+        pooled_projections=torch.cat([e.text_embeds for e in encoded], -1),
+    ).sample
+    return F.mse_loss(velocity, noise - data)
+
+
+def train_denoiser(
+    pipe: DiffusionPipeline,
+    names: list[str],
+    loss_function: Callable[[torch.nn.ModuleList, torch.Tensor, torch.Tensor], torch.Tensor],
     prompts: list[str],
     latents: torch.Tensor,
     steps: int,
     word_share: float,
     learning_rate: float,
-    report: Callable[[int, StableDiffusion3Pipeline], None] | None = None,
+    report: Callable[[int, DiffusionPipeline], None] | None = None,
 ) -> None:
     """
-    Trains transformer and text encoders of a pipeline by rectified flow; leaves the moving average of the weights.
+    Trains denoiser and text encoders of a pipeline; leaves the moving average of the weights.
 
     Args:
-        pipe (`StableDiffusion3Pipeline`):
+        pipe ([`~diffusers.DiffusionPipeline`]):
             Trained in place.
+        names (`list[str]`):
+            The components that are trained.
+        loss_function (`Callable`):
+            Called with these components, latents `(128, 8, 4, 4)` and tokens `(128, 14)`, such as `flow_loss`.
         prompts (`list[str]`):
             One per latent; one in ten is replaced by the empty prompt, for classifier-free guidance.
         latents (`torch.Tensor` of shape `(N, 8, 4, 4)`):
@@ -235,16 +256,14 @@ def train_flow(
     Example:
 
     ```python
-    >>> pipe = load_flow_pipeline()
-    >>> train_flow(pipe, ["a photo of a circle"], torch.randn(1, 8, 4, 4), steps=2, word_share=0, learning_rate=1e-4)
+    >>> pipe, names = load_flow_pipeline(), ["transformer", "text_encoder", "text_encoder_2"]
+    >>> latents = torch.randn(1, 8, 4, 4)
+    >>> train_denoiser(pipe, names, flow_loss, ["a photo of a circle"], latents, 2, word_share=0, learning_rate=1e-4)
     ```
     """
-    device = pipe.device
-    trained = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    trained = torch.nn.ModuleList([getattr(pipe, name) for name in names]).train()
     average = copy.deepcopy(trained).eval().requires_grad_(False)
-    averaged = pipe.__class__(
-        **{**pipe.components, "transformer": average[0], "text_encoder": average[1], "text_encoder_2": average[2]}
-    )
+    averaged = pipe.__class__(**{**pipe.components, **dict(zip(names, average, strict=True))})
     averaged.set_progress_bar_config(disable=True)
     ids = pipe.tokenizer([*prompts, ""], padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
     is_word = torch.tensor([prompt.startswith("the word") for prompt in prompts])
@@ -253,20 +272,11 @@ def train_flow(
         trained.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100))
-    progress = trange(steps, desc="flow")
+    progress = trange(steps, desc="denoiser")
     for step in progress:
         index = weights.multinomial(128, replacement=True)
-        data, noise = latents[index].to(device), torch.randn(128, *latents.shape[1:]).to(device)
-        tokens = ids[torch.where(torch.rand(128) < 0.1, len(prompts), index)].to(device)
-        sigma = torch.randn(128).sigmoid().to(device)
-        encoded = [encoder(tokens, output_hidden_states=True) for encoder in trained[1:]]
-        velocity = trained[0](
-            hidden_states=torch.lerp(data, noise, sigma[:, None, None, None]),
-            timestep=sigma * 1000,
-            encoder_hidden_states=torch.cat([e.hidden_states[-2] for e in encoded], -1),
-            pooled_projections=torch.cat([e.text_embeds for e in encoded], -1),
-        ).sample
-        loss = F.mse_loss(velocity, noise - data)
+        tokens = ids[torch.where(torch.rand(128) < 0.1, len(prompts), index)]
+        loss = loss_function(trained, latents[index].to(pipe.device), tokens.to(pipe.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
@@ -284,13 +294,13 @@ def train_flow(
 
 
 def generate(
-    pipe: StableDiffusion3Pipeline, prompts: list[str], num_inference_steps: int, guidance_scale: float, seed: int = 0
+    pipe: DiffusionPipeline, prompts: list[str], num_inference_steps: int, guidance_scale: float, seed: int = 0
 ) -> list[Image.Image]:
     """
     Draws images for prompts, 256 at a time.
 
     Args:
-        pipe (`StableDiffusion3Pipeline`):
+        pipe ([`~diffusers.DiffusionPipeline`]):
             A pipeline of the tiny world.
         prompts (`list[str]`):
             One per image.
@@ -312,19 +322,20 @@ def generate(
     ```
     """
     generator, images = torch.Generator().manual_seed(seed), []
+    options = {"max_sequence_length": 0} if isinstance(pipe, StableDiffusion3Pipeline) else {}
     for start in range(0, len(prompts), 256):
         images += pipe(
             prompts[start : start + 256],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            max_sequence_length=0,
             generator=generator,
+            **options,
         ).images
     return images
 
 
 def evaluate(
-    pipe: StableDiffusion3Pipeline,
+    pipe: DiffusionPipeline,
     num_inference_steps: int = 10,
     guidance_scale: float = 2.0,
     num_scenes: int = 1000,
@@ -334,7 +345,7 @@ def evaluate(
     Measures a pipeline on test prompts.
 
     Args:
-        pipe (`StableDiffusion3Pipeline`):
+        pipe ([`~diffusers.DiffusionPipeline`]):
             A pipeline of the tiny world.
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Denoising steps.
@@ -388,7 +399,7 @@ def _evaluate_parts(pipe: StableDiffusion3Pipeline) -> dict[str, float]:
     figures = {"detector accuracy on ground truth": float(np.mean(right))}
     texts = [render_word(word, seed=10**6 + i) for i, word in enumerate(words)]
     for name, images in (("scenes", scenes[:200]), ("words", texts)):
-        x = _to_tensor(images).to(pipe.device)
+        x = to_tensor(images).to(pipe.device)
         y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
         figures[f"squared error of the autoencoder, {name} in [-1, 1]"] = F.mse_loss(y, x).item()
         decoded = pipe.image_processor.postprocess(y)
@@ -405,26 +416,34 @@ def _evaluate_parts(pipe: StableDiffusion3Pipeline) -> dict[str, float]:
     return figures
 
 
+def print_figures(figures: dict[str, float], folder: str) -> None:
+    """Prints a table of figures, and the size of the folder."""
+    figures = {**figures, "bytes on disk": sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())}
+    print("| figure | value |\n| --- | --- |")
+    for name, figure in figures.items():
+        print(f"| {name} | {figure:.4g} |" if isinstance(figure, float) else f"| {name} | {figure:,} |")
+
+
 def main(args: BuildArguments) -> None:
     """Builds a pipeline, unless there is one to evaluate, and prints a table of its figures."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = args.evaluate_only or args.output_dir
     if args.evaluate_only is None:
         torch.manual_seed(args.seed)
-        prompts, images = _make_data(args.num_images, args.seed)
+        prompts, images = make_data(args.num_images, args.seed)
         pipe = _make_pipeline(train_vae(images, args.vae_steps, device)).to(device)
-        latents = (_encode(pipe.vae, images) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        latents = (encode(pipe.vae, images) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         first = min(args.flow_steps, 2000)
-        train_flow(pipe, prompts, latents, first, word_share=0.375, learning_rate=1e-3)
-        train_flow(pipe, prompts, latents, args.flow_steps - first, word_share=0.1, learning_rate=2e-3)
+        train = partial(
+            train_denoiser, pipe, ["transformer", "text_encoder", "text_encoder_2"], flow_loss, prompts, latents
+        )
+        train(first, word_share=0.375, learning_rate=1e-3)
+        train(args.flow_steps - first, word_share=0.1, learning_rate=2e-3)
         pipe.to(dtype=torch.float16).save_pretrained(folder)
     pipe = load_flow_pipeline(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     figures = {**evaluate(pipe, args.num_inference_steps, args.guidance_scale), **_evaluate_parts(pipe)}
-    figures["bytes on disk"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    print("| figure | value |\n| --- | --- |")
-    for name, figure in figures.items():
-        print(f"| {name} | {figure:.4g} |" if isinstance(figure, float) else f"| {name} | {figure:,} |")
+    print_figures(figures, folder)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 @dataclass
 class DiffusionConfig(TrainingArguments):
     r"""
-    Arguments shared by [`FlowGRPOConfig`] and its relatives; not used by itself.
+    Arguments shared by [`FlowGRPOConfig`], [`DDPOConfig`] and their relatives; not used by itself.
 
     Only the arguments that differ from [`~transformers.TrainingArguments`] are listed. A *generation* is one round of
     sampling and scoring; `updates_per_generation * num_iterations` optimizer updates follow it. A micro-batch is
@@ -77,8 +77,11 @@ class DiffusionConfig(TrainingArguments):
         adv_clip_max (`float`, *optional*, defaults to `5.0`):
             Advantages are clipped to plus or minus this value.
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward function. If not set, all are 1. A function of weight 0 is only logged, and scores
-            only finished images.
+            Weight of each function in `reward_funcs` that is not out of domain. If not set, all are 1. A function of
+            weight 0 is only logged, and scores only finished images.
+        out_of_domain_rewards (`list[str]`, *optional*):
+            Rewards to watch for over-optimisation: names of built-in ones, or of functions in `reward_funcs`. They are
+            scored at each evaluation, and never trained on ([`~callbacks.OverOptimizationCallback`] draws them).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the prompts in each epoch.
         ema_decay (`float`, *optional*, defaults to `0.9`):
@@ -146,6 +149,9 @@ class DiffusionConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; 0 only logs it. If not set, all are 1."}
     )
+    out_of_domain_rewards: list[str] | None = field(
+        default=None, metadata={"help": "Names of rewards that are scored at each evaluation and never trained on."}
+    )
 
     # Moving average, evaluation, images
     ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average of the weights; 0: none."})
@@ -163,6 +169,11 @@ class DiffusionConfig(TrainingArguments):
     def num_trained_steps(self) -> int:
         """Number of stochastic steps K of a trajectory; each is trained."""
         return self.num_inference_steps - 1
+
+    @property
+    def num_sweeps(self) -> int:
+        """Number of sweeps over the images that one pass over a generation takes, each with updates of its own."""
+        return 1
 
     def _check(self, name: str, condition: bool, remedy: str) -> None:
         if not condition:
@@ -184,9 +195,9 @@ class DiffusionConfig(TrainingArguments):
         for name in positive:
             self._check(name, getattr(self, name) >= 1, "it must be at least 1")
         self._check("num_inference_steps", self.num_inference_steps >= 2, "it must be at least 2")
-        self._check("epsilon", self.epsilon > 0, "it must be above 0; the paper's value is 1e-5")
+        self._check("epsilon", self.epsilon > 0, "it must be above 0; 1e-5 (flow) and 1e-4 (diffusion) are usual")
         self._check("beta", 0 <= self.beta < math.inf, "it must not be negative; 0 switches the KL term off")
-        self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; the paper's value is 5")
+        self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; 5 is usual")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "it must be in [0, 1); 0 switches the moving average off")
         for name in ("guidance_scale", "eval_guidance_scale"):
             value = getattr(self, name)
@@ -219,12 +230,13 @@ class DiffusionConfig(TrainingArguments):
             f"{world_size} processes * `updates_per_generation={self.updates_per_generation}`, so that each update has "
             "whole micro-batches. Change one of them",
         )
-        accumulation = size // unit * self.num_trained_steps
+        steps = self.num_trained_steps // self.num_sweeps
+        accumulation = size // unit * steps
         self._check(
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps in (None, accumulation),
             f"the batch sizes make it {accumulation} = {size // unit} micro-batches of images * "
-            f"{self.num_trained_steps} trained steps. Leave it out (in `dataclasses.replace`: set it to `None`), or change "
+            f"{steps} trained steps. Leave it out (in `dataclasses.replace`: set it to `None`), or change "
             "`updates_per_generation`",
         )
         self.gradient_accumulation_steps = accumulation

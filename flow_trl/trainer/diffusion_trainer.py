@@ -39,9 +39,9 @@ from trl.trainer.utils import disable_dropout_in_model
 from .. import __version__
 from ..callbacks import EMACallback, log_image, save_image_grid
 from ..policy import Conditioning, PipelinePolicy, Schedule
-from ..rewards import get_reward_func, reward_name
-from ..rollout import rollout
-from ..tiny import FLOW_FOLDER
+from ..rewards import BUILT_IN_REWARDS, get_reward_func, reward_name
+from ..rollout import Trajectory, euler_step, rollout
+from ..tiny import DIFFUSION_FOLDER, FLOW_FOLDER
 from ..transitions import Transition, kl_divergence
 from .diffusion_config import DiffusionConfig
 
@@ -148,13 +148,32 @@ class DiffusionTrainer(Trainer):
         self.reward_names = [reward_name(reward) for reward in self.reward_funcs]
         if len(set(self.reward_names)) < len(self.reward_names):
             raise ValueError(f"`reward_funcs` have the names {self.reward_names}: give each its own `__name__`.")
-        weights = [1.0] * len(reward_funcs) if args.reward_weights is None else args.reward_weights
-        if len(weights) != len(reward_funcs):
+        out_of_domain = list(dict.fromkeys(args.out_of_domain_rewards or []))
+        trained = [name for name in self.reward_names if name not in out_of_domain]
+        if not trained:
             raise ValueError(
-                f"`reward_weights={weights}` has {len(weights)} entries for the {len(reward_funcs)} reward functions "
-                f"{self.reward_names}: pass one weight for each."
+                f"`out_of_domain_rewards={out_of_domain}` leaves none of `reward_funcs` to train on: pass one that is not "
+                "among them."
             )
-        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        for name in out_of_domain:
+            if name not in self.reward_names:
+                if name not in BUILT_IN_REWARDS:
+                    raise ValueError(
+                        f"`out_of_domain_rewards={out_of_domain}` has {name!r}, which is neither a built-in reward "
+                        f"({', '.join(BUILT_IN_REWARDS)}) nor among `reward_funcs` ({', '.join(self.reward_names)}): add "
+                        "the function to `reward_funcs`."
+                    )
+                self.reward_funcs.append(get_reward_func(name))
+                self.reward_names.append(name)
+        weights = [1.0] * len(trained) if args.reward_weights is None else args.reward_weights
+        if len(weights) != len(trained):
+            raise ValueError(
+                f"`reward_weights={weights}` has {len(weights)} entries for the {len(trained)} reward functions "
+                f"{trained}: pass one weight for each."
+            )
+        weight_of = dict(zip(trained, weights, strict=True))
+        self.reward_weights = torch.tensor([weight_of.get(name, 0.0) for name in self.reward_names])
+        self._in_domain = [f for f, name in enumerate(self.reward_names) if name in weight_of]
 
         prompts_per_generation = args.generation_batch_size // args.num_generations
         for name, dataset in {
@@ -238,7 +257,8 @@ class DiffusionTrainer(Trainer):
             )
         processes = self.accelerator.num_processes
         images = args.per_device_train_batch_size * processes * args.updates_per_generation
-        if args.gradient_accumulation_steps * images != args.generation_batch_size * args.num_trained_steps:
+        steps = args.num_trained_steps // args.num_sweeps
+        if args.gradient_accumulation_steps * images != args.generation_batch_size * steps:
             raise ValueError(
                 f"`args.gradient_accumulation_steps={args.gradient_accumulation_steps}` does not fit {processes} processes "
                 f"and `args.generation_batch_size={args.generation_batch_size}`: make `args` in the process that trains, "
@@ -280,27 +300,42 @@ class DiffusionTrainer(Trainer):
         """Indices of the K stochastic steps of the generation at update `step`."""
 
     @abstractmethod
-    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages (N, K) from the rewards of all processes, (N, K + 1) with completions and else (N, 1)."""
+    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+        """
+        Advantages (N, K) from the rewards of all processes, (N, K + 1) with completions and else (N, 1), the rows of all
+        N prompts, and the trajectories of this process.
+        """
 
     _needs_completions = False
     _completion_stride = 1
+    _kl_in_loss = True
+    _ode_step = staticmethod(euler_step)
+
+    def _trained_steps(self, images: torch.Tensor, sweep: int) -> list[int]:
+        """Stochastic steps (0 to K - 1) at which the images of a micro-batch are trained in a sweep."""
+        return list(range(self.args.num_trained_steps))
+
+    def _save_credit(self, folder: str) -> None:
+        """Adds to a checkpoint what credit assignment keeps from one generation to the next."""
+
+    def _load_credit(self, folder: str) -> None:
+        """Reads what `_save_credit` wrote."""
 
     # Rollout and rewards
 
     @property
     def _updates_per_generation(self) -> int:
-        return self.args.updates_per_generation * self.args.num_iterations
+        return self.args.updates_per_generation * self.args.num_sweeps * self.args.num_iterations
 
     def _rows(self, step: int) -> list[int]:
-        """Rows of the data set for this process's share of the generation at update `step`."""
+        """Rows of the data set for the generation at update `step`, of all processes."""
         epoch, index = divmod(step // self._updates_per_generation, self._generations_per_epoch)
         rows = torch.arange(len(self.train_dataset))
         if self.args.shuffle_dataset:
             rows = torch.randperm(len(rows), generator=sample_generator(self.args.seed, "epoch", epoch))
         prompts = self.args.generation_batch_size // self.args.num_generations
         rows = rows[index * prompts : (index + 1) * prompts].repeat_interleave(self.args.num_generations)
-        return rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index].tolist()
+        return rows.tolist()
 
     def _encode(self, rows: list[int]) -> tuple[Conditioning, list[int]]:
         """Conditioning of the distinct prompts of `rows`, and each row's index in it."""
@@ -318,12 +353,11 @@ class DiffusionTrainer(Trainer):
         parts = zip(latents.split(size), rows, strict=True)
         return [image for part, row in parts for image in policy.decode(part, conditioning[row])]
 
-    def _score(self, images: list, examples: dict[str, list], trained_only: bool = False) -> torch.Tensor:
-        """Scores (n, F) of images; NaN where a function does not apply, or is only watched and `trained_only` is set."""
+    def _score(self, images: list, examples: dict[str, list], asked: list[int]) -> torch.Tensor:
+        """Scores (n, F) of images; NaN where a function does not apply or is not asked."""
         prompts = examples["prompt"]
         columns = {name: values for name, values in examples.items() if name != "prompt"}
         scores = torch.full((len(images), len(self.reward_funcs)), float("nan"))
-        asked = [f for f in range(len(self.reward_funcs)) if not trained_only or self.reward_weights[f] != 0]
 
         @contextmanager
         def named(f):
@@ -392,7 +426,9 @@ class DiffusionTrainer(Trainer):
     def _generate(self, step: int) -> None:
         """Samples and scores a generation, and sets what the updates need of it."""
         args, rank = self.args, self.accelerator.process_index
-        rows = self._rows(step)
+        all_rows = self._rows(step)
+        size = len(all_rows) // self.accelerator.num_processes
+        rows = all_rows[rank * size : (rank + 1) * size]
         steps = self._stochastic_steps(step)
         index = [rank * len(rows) + i for i in range(len(rows))]
         generators = [
@@ -410,6 +446,7 @@ class DiffusionTrainer(Trainer):
                 generators,
                 num_inference_steps=args.num_inference_steps,
                 transition=self._transition,
+                ode_step=self._ode_step,
                 steps=steps,
                 completions=self._needs_completions,
                 completion_stride=self._completion_stride,
@@ -425,15 +462,17 @@ class DiffusionTrainer(Trainer):
         )
         sampled = time.perf_counter()
         images = [images[first : first + len(rows)] for first in range(0, len(images), len(rows))]
-        scores = [self._score(part, examples, trained_only=True) for part in images[:-1]]
-        scores.append(self._score(images[-1], examples))
+        trained = self.reward_weights.nonzero().flatten().tolist()
+        scores = [self._score(part, examples, trained) for part in images[:-1]]
+        scores.append(self._score(images[-1], examples, self._in_domain))
         rewarded = time.perf_counter()
         scores = self.accelerator.gather(torch.stack(scores, dim=1).to(self.accelerator.device)).cpu()  # (N, K + 1, F)
         rewards = self._weighted(scores)
-        advantages = self._advantages(rewards).clamp(-args.adv_clip_max, args.adv_clip_max)
+        self._conditioning, self._prompt_index = conditioning, prompt_index
+        advantages = self._advantages(rewards, all_rows, trajectory).clamp(-args.adv_clip_max, args.adv_clip_max)
 
         # An update's images are the same whatever the number of processes
-        size, updates = len(rows), args.updates_per_generation
+        updates = args.updates_per_generation
         groups = advantages.view(-1, args.num_generations * advantages.shape[1])
         active = (groups != 0).any(dim=1).repeat_interleave(args.num_generations)
         update_of = torch.arange(len(advantages)) % updates
@@ -449,7 +488,7 @@ class DiffusionTrainer(Trainer):
             order.append(mine[active[rank * size :][mine].argsort(stable=True)])
         local = slice(rank * size, (rank + 1) * size)
         device = self.accelerator.device
-        self._conditioning, self._prompt_index = conditioning, prompt_index
+        schedule = trajectory.schedule
         self._generation = Generation(
             rows=torch.tensor(rows),
             latents=trajectory.latents,
@@ -458,8 +497,8 @@ class DiffusionTrainer(Trainer):
             weights=weights[local].to(device),
             order=torch.stack(order),
             skipped=torch.tensor(skipped),
-            timesteps=trajectory.schedule.timesteps,
-            sigmas=trajectory.schedule.sigmas,
+            timesteps=schedule.timesteps,
+            sigmas=torch.empty(0) if schedule.sigmas is None else schedule.sigmas,
             first_step=torch.tensor(steps.start),
         )
 
@@ -515,23 +554,23 @@ class DiffusionTrainer(Trainer):
         elif self._generation is None:
             self._resume_generation()
         self._update_started = time.perf_counter()
-        return self._micro_batches(position % self.args.updates_per_generation), None
+        return self._micro_batches(position), None
 
-    def _micro_batches(self, update: int) -> list[dict[str, Any]]:
+    def _micro_batches(self, position: int) -> list[dict[str, Any]]:
+        """The micro-batches of an update, by its number in the generation."""
         generation, size = self._generation, self.args.per_device_train_batch_size
+        sweep, update = divmod(position, self.args.updates_per_generation)
         batches = []
-        for position, chunk in enumerate(generation.order[update].split(size)):
-            for k in range(generation.log_probs.shape[1]):
-                batches.append(
-                    {"images": chunk, "step": k, "skip": (position + 1) * size <= generation.skipped[update]}
-                )
+        for number, chunk in enumerate(generation.order[update].split(size), 1):
+            for k in self._trained_steps(chunk, sweep % self.args.num_sweeps):
+                batches.append({"images": chunk, "step": k, "skip": number * size <= generation.skipped[update]})
         batches[-1]["skip"] = False  # gradients are reduced over processes in the last micro-batch
         return batches
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs["skip"]:
             names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/max_deviation"]
-            self._record(dict.fromkeys(names + ["kl"] * bool(self.args.beta), 0.0))
+            self._record(dict.fromkeys(names + ["kl"] * self._has_kl_loss, 0.0))
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         args, generation, images, k = self.args, self._generation, inputs["images"].cpu(), inputs["step"]
         step = int(generation.first_step) + k
@@ -541,14 +580,14 @@ class DiffusionTrainer(Trainer):
         advantages, weights = generation.advantages[images, k], generation.weights[images]
 
         kl = torch.zeros_like(advantages)
-        if args.beta:
+        if self._has_kl_loss:
             with self._reference():
                 output = self._reference_policy.predict(latents, step, conditioning, schedule)
             reference = self._transition(output, latents, step, schedule, next_sample=next_latents)
         self.policy.forward = model
         output = self.policy.predict(latents, step, conditioning, schedule, grad=True)
         transition = self._transition(output, latents, step, schedule, next_sample=next_latents)
-        if args.beta:
+        if self._has_kl_loss:
             kl = kl_divergence(transition.mean, reference.mean, transition.noise_std)
         ratio = (transition.log_prob - generation.log_probs[images, k]).exp()
         clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
@@ -566,9 +605,13 @@ class DiffusionTrainer(Trainer):
                 "ratio/max_deviation": ((weights > 0) * (ratio - 1).abs()).max().item(),
             }
         )
-        if args.beta:
+        if self._has_kl_loss:
             self._record({"kl": (weights * kl).mean().item()})
         return (weights * (loss + args.beta * kl)).mean()
+
+    @property
+    def _has_kl_loss(self) -> bool:
+        return self._kl_in_loss and self.args.beta > 0
 
     def _make_reference_policy(self, options: dict[str, Any]) -> PipelinePolicy | None:
         if not self.args.beta or self.is_lora:
@@ -621,7 +664,7 @@ class DiffusionTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Samples one image per prompt by the ODE, with `eval_num_inference_steps`, `eval_guidance_scale`, the averaged
+        Samples one image per prompt, deterministically (by the ODE of a flow model, by DDIM with `eta` of 0), with `eval_num_inference_steps`, `eval_guidance_scale`, the averaged
         weights and noise that depends on the prompt's row alone (the same in every evaluation of every run), and
         scores it.
 
@@ -666,9 +709,10 @@ class DiffusionTrainer(Trainer):
                     index,
                     generators,
                     num_inference_steps=args.eval_num_inference_steps,
+                    ode_step=self._ode_step,
                 )
                 images = self._decode(self.eval_policy, trajectory.finals[-1], conditioning, index, len(chunk))
-                scores.append(self._score(images, examples))
+                scores.append(self._score(images, examples, list(range(len(self.reward_funcs)))))
                 shown += images[: args.num_images_to_save - len(shown)]
                 bar.update(len(chunk))
         scores = self.accelerator.gather(torch.cat(scores).to(self.accelerator.device)).cpu()
@@ -748,6 +792,7 @@ class DiffusionTrainer(Trainer):
                 save_file(weights, os.path.join(target, "trained_weights.safetensors"), metadata=totals)
             if self.ema is not None:
                 self.ema.save(os.path.join(target, "ema_weights.safetensors"))
+        self._save_credit(target)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
@@ -793,8 +838,14 @@ class DiffusionTrainer(Trainer):
         if self.ema is not None:
             self.ema.load(os.path.join(resume_from_checkpoint, "ema_weights.safetensors"))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_credit(checkpoint)
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_credit(self.state.best_model_checkpoint)
 
     def _resume_generation(self) -> None:
         if self._resumed_from is None:
@@ -817,7 +868,7 @@ class DiffusionTrainer(Trainer):
 
     @property
     def _is_tiny(self) -> bool:
-        return Path(self.model_name) == FLOW_FOLDER
+        return Path(self.model_name) in (FLOW_FOLDER, DIFFUSION_FOLDER)
 
     def create_model_card(
         self,

@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from ..credit import group_advantages
 from ..policy import Schedule
+from ..rollout import Trajectory
 from ..transitions import Transition, flow_step
 from .diffusion_trainer import DiffusionTrainer, sample_generator
 from .flow_grpo_config import FlowGRPOConfig
@@ -54,7 +55,7 @@ class FlowGRPOTrainer(DiffusionTrainer):
                 f"`model` has the scheduler {type(pipe.scheduler).__name__}, but {type(self).__name__} trains "
                 "flow-matching pipelines with FlowMatchEulerDiscreteScheduler. If the model is a flow model, set "
                 "`pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`; a diffusion "
-                "model needs another trainer."
+                "model is trained by DDPOTrainer or TDPORTrainer."
             )
 
     def _stochastic_steps(self, step: int) -> range:
@@ -82,7 +83,7 @@ class FlowGRPOTrainer(DiffusionTrainer):
         """What each step earned, (N, K): here the final image's reward."""
         return rewards[:, -1:].expand(-1, self.args.num_trained_steps)
 
-    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
         return group_advantages(
             self._step_rewards(rewards), self.args.num_generations, scale_rewards=self.args.scale_rewards
         )

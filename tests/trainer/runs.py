@@ -1,9 +1,6 @@
 """Tiny training runs. As a script, `accelerate launch runs.py spec.json` does the runs of a list one after another."""
 
 import dataclasses
-import json
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +9,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer
-from tests import pipelines
+from tests import pipelines, two_processes
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -162,9 +159,4 @@ def run(spec):
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
-    torch.set_num_threads(1)
-    path = Path(sys.argv[1])
-    results = [run(spec) for spec in json.loads(path.read_text())]
-    torch.save(results, path.with_name(f"results-{PartialState().process_index}.pt"))
+    two_processes.main(run)

@@ -98,7 +98,7 @@ CONFIGS = [
     ({"credit": "turning-point"}, "credit", "'turning_point'"),
     ({"completion_stride": 0}, "completion_stride", "at least 1"),
     ({"scale_rewards": "groups"}, "scale_rewards", "choose 'group'"),
-    ({"epsilon": 0}, "epsilon", "above 0; the paper's value is 1e-5"),
+    ({"epsilon": 0}, "epsilon", "above 0; 1e-5"),
     ({"beta": -0.1}, "beta", "not be negative"),
     ({"beta": math.inf}, "beta", "0 switches"),
     ({"adv_clip_max": 0}, "adv_clip_max", "above 0"),

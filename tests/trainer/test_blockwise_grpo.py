@@ -1,10 +1,6 @@
 """BlockwiseGRPOTrainer against the paper's formula in a plain loop, and against TRL's own trainer."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from flow_trl import Block, BlockwiseGRPOConfig, BlockwiseGRPOTrainer
-from tests import text_models
+from tests import text_models, two_processes
 from tests.trainer.text_runs import (
     TEXTS,
     Rollout,
@@ -37,7 +33,6 @@ from tests.trainer.text_runs import (
 )
 
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
 
@@ -371,15 +366,8 @@ def test_two_processes_and_one_give_the_same(tmp_path):
         {**spec, "output_dir": folder, "gradient_accumulation_steps": 1}
         for spec, folder in zip(specs, folders, strict=True)
     ]
-    (tmp_path / "spec.json").write_text(json.dumps(two))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "trainer" / "text_runs.py"), str(tmp_path / "spec.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    results = [torch.load(tmp_path / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for i, (spec, folder, first, second) in enumerate(zip(specs, folders, *results, strict=True)):
+    results = two_processes.launch("text_runs.py", two, tmp_path)
+    for i, (spec, folder, (first, second)) in enumerate(zip(specs, folders, results, strict=True)):
         one = run({**spec, "output_dir": str(tmp_path / f"one-{i}")})
         assert torch.equal(first["weights"], second["weights"])
         torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-6)

@@ -1,12 +1,9 @@
 """What all trainers of pipelines share, on the trainers of flow models."""
 
 import asyncio
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import flow_trl
 from flow_trl.trainer import diffusion_trainer
 from flow_trl.trainer.diffusion_trainer import sample_generator
-from tests import pipelines
+from tests import pipelines, two_processes
 from tests.trainer.runs import (
     PROMPTS,
     Recorder,
@@ -37,9 +34,6 @@ from tests.trainer.runs import (
     run,
     weights,
 )
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def relative(a, b):
@@ -169,7 +163,7 @@ def test_all_groups_skipped(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_process_runs(tmp_path_factory):
     """Four runs, one after another, in two processes; what each process saw of them."""
     folder = tmp_path_factory.mktemp("two")
     evaluation = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
@@ -182,20 +176,11 @@ def two_processes(tmp_path_factory):
         {"output_dir": str(folder / "resumed"), **adam, "resume": str(folder / "straight" / "checkpoint-3")},
         {"output_dir": str(folder / "skipped"), "easy": list(range(8)), "beta": 0.1, "max_steps": 3},
     ]
-    (folder / "spec.json").write_text(json.dumps(specs))
-    # With `--cpu`, accelerate would start one process only; `use_cpu=True` of the trainer is what counts.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "trainer" / "runs.py"), str(folder / "spec.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    ranks = [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return specs, list(zip(*ranks, strict=True))
+    return specs, two_processes.launch("runs.py", specs, folder)
 
 
-def test_two_processes_train_the_same(two_processes, base_run, tmp_path):
-    specs, results = two_processes
+def test_two_processes_train_the_same(two_process_runs, base_run, tmp_path):
+    specs, results = two_process_runs
     first, second = results[0]
     expected = run(specs[0] | {"output_dir": str(tmp_path)})
     calls = [len(rewards) for rewards in expected["rewards"]]
@@ -217,15 +202,15 @@ def test_two_processes_train_the_same(two_processes, base_run, tmp_path):
     print("change of the weights", relative(first["change"], expected["change"]))
 
 
-def test_two_processes_skip_all(two_processes):
-    for result in two_processes[1][3]:
+def test_two_processes_skip_all(two_process_runs):
+    for result in two_process_runs[1][3]:
         assert not result["change"].any()
         # Without a gradient too, the processes meet in the last micro-batch of an update
         assert result["evaluated"] == 3 * [False, False, False, True]
 
 
-def test_two_processes_resume_and_load_the_best(two_processes):
-    specs, results = two_processes
+def test_two_processes_resume_and_load_the_best(two_process_runs):
+    specs, results = two_process_runs
     (straight, other), (resumed, _) = results[1], results[2]
     rewards = logged_in(straight, "eval_reward")
     assert Path(straight["best"]).name == f"checkpoint-{np.argmax(rewards) + 1}"

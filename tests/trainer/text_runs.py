@@ -1,16 +1,13 @@
 """Tiny runs of BlockwiseGRPOTrainer on given completions. As a script it does the runs of a list one after another."""
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from flow_trl import Block, BlockwiseGRPOConfig, BlockwiseGRPOTrainer
-from tests import text_models
+from tests import text_models, two_processes
 
 
 SOLUTION = "<reasoning> 1 2 </reasoning> <answer> 3 </answer>"
@@ -142,9 +139,4 @@ def run(spec):
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
-    torch.set_num_threads(1)
-    path = Path(sys.argv[1])
-    results = [run(spec) for spec in json.loads(path.read_text())]
-    torch.save(results, path.with_name(f"results-{PartialState().process_index}.pt"))
+    two_processes.main(run)

@@ -1,0 +1,158 @@
+"""DDPO: policy optimisation of DDIM pipelines with the final reward for every denoising step."""
+
+import copy
+import functools
+import json
+import logging
+import os
+from collections import deque
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from ..credit import PerPromptRunningMoments, temporal_advantages
+from ..policy import Schedule
+from ..rollout import Trajectory
+from ..transitions import Transition, ddim_step
+from .ddpo_config import DDPOConfig
+from .diffusion_trainer import DiffusionTrainer, sample_generator
+
+
+logger = logging.getLogger(__name__)
+
+
+class DDPOTrainer(DiffusionTrainer):
+    """
+    Trainer for [DDPO](https://huggingface.co/papers/2305.13301): the denoising steps of a diffusion pipeline are a policy
+    (DDIM with noise), and each of them gets the final image's reward, normalised by the last rewards of its prompt.
+
+    Takes the arguments of [`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`], with a [`DDPOConfig`]. A scheduler
+    that is not DDIM is replaced by one with the same noise schedule, with a warning.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from peft import LoraConfig
+    from flow_trl import DDPOConfig, DDPOTrainer
+
+    animals = ["a cat", "a dog", "a horse", "a rabbit"]
+    trainer = DDPOTrainer(
+        model="CompVis/stable-diffusion-v1-4",
+        reward_funcs="aesthetic",
+        args=DDPOConfig("sd1-aesthetic", generation_batch_size=64, num_generations=16),
+        train_dataset=Dataset.from_dict({"prompt": animals}),
+        peft_config=LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+    """
+
+    _name = "DDPO"
+    _paper = {"title": "Training Diffusion Models with Reinforcement Learning", "id": "2305.13301"}
+    _card_arguments = DiffusionTrainer._card_arguments + [
+        "eta",
+        "train_timestep_fraction",
+        "per_prompt_stat_tracking_buffer_size",
+        "per_prompt_stat_tracking_min_count",
+    ]
+
+    _config_class = DDPOConfig
+    _kl_in_loss = False
+    args: DDPOConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.moments = PerPromptRunningMoments(
+            self.args.per_prompt_stat_tracking_buffer_size, self.args.per_prompt_stat_tracking_min_count
+        )
+        last = int(self._scheduler(self.args.num_inference_steps).timesteps[-1])
+        if last < 1:
+            raise ValueError(
+                f"`num_inference_steps={self.args.num_inference_steps}` ends at timestep {last}, where a step has no noise "
+                "and cannot be trained: use fewer steps, or give the pipeline's scheduler `steps_offset=1` (with "
+                "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)`)."
+            )
+
+    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+        name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+        if "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            raise ValueError(
+                f"`model` has the scheduler {name} of a flow-matching pipeline, but {type(self).__name__} trains diffusion "
+                "pipelines with DDIM: use TPGRPOTrainer or FlowGRPOTrainer."
+            )
+        if not isinstance(pipe.scheduler, DDIMScheduler):
+            try:
+                pipe.scheduler = DDIMScheduler.from_config(config)
+            except Exception as error:
+                raise ValueError(f"`model` has the scheduler {name}, which cannot become a DDIMScheduler.") from error
+            logger.warning("The scheduler of `model`, %s, is replaced by a DDIMScheduler of its noise schedule.", name)
+
+    @functools.cache  # noqa: B019
+    def _scheduler(self, num_inference_steps: int) -> DDIMScheduler:
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    def _stochastic_steps(self, step: int) -> range:
+        return range(self.args.num_inference_steps)
+
+    def _transition(
+        self, output: torch.Tensor, sample: torch.Tensor, step: int, schedule: Schedule, **kwargs
+    ) -> Transition:
+        scheduler = self._scheduler(len(schedule.timesteps))
+        return ddim_step(output, sample, schedule.timesteps[step], scheduler, eta=self.args.eta, **kwargs)
+
+    def _ode_step(
+        self, output: torch.Tensor, sample: torch.Tensor, step: int, next_step: int, schedule: Schedule
+    ) -> torch.Tensor:
+        scheduler = self._scheduler(len(schedule.timesteps))
+        return scheduler.step(output, schedule.timesteps[step], sample, return_dict=False)[0]
+
+    def _key(self, images: torch.Tensor) -> tuple:
+        """What numbers that are drawn for a micro-batch of a generation depend on, whatever the number of processes."""
+        step = self.state.global_step - self.state.global_step % self._updates_per_generation
+        first = self.accelerator.process_index * len(self._generation.rows) + int(images[0])
+        return self.args.seed, step, first
+
+    def _trained_steps(self, images: torch.Tensor, sweep: int) -> list[int]:
+        steps = torch.randperm(self.args.num_inference_steps, generator=sample_generator("steps", *self._key(images)))
+        return steps[: self.args.num_trained_steps].tolist()
+
+    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+        rewards, penalties = self._normalized(rewards, rows), self._step_penalties(trajectory)
+        _, returns = temporal_advantages(rewards, torch.zeros_like(penalties), step_penalties=penalties)
+        return returns
+
+    def _normalized(self, rewards: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Final rewards (N,) by the running moments of their prompts."""
+        return self.moments.normalize(self.train_dataset[rows]["prompt"], rewards[:, -1])
+
+    @torch.no_grad()
+    def _step_penalties(self, trajectory: Trajectory) -> torch.Tensor:
+        """KL penalty (N, T) of each step of all processes."""
+        penalties = torch.zeros_like(trajectory.log_probs)
+        if self.args.beta:
+            rows = torch.arange(len(penalties)).split(self.args.per_device_rollout_batch_size)
+            with self._reference():
+                for k, part in [(k, part) for k in range(penalties.shape[1]) for part in rows]:
+                    conditioning = self._conditioning[[self._prompt_index[row] for row in part]]
+                    latents, next_latents = trajectory.latents[part, k], trajectory.latents[part, k + 1]
+                    output = self._reference_policy.predict(latents, k, conditioning, trajectory.schedule)
+                    reference = self._transition(output, latents, k, trajectory.schedule, next_sample=next_latents)
+                    penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob
+            self._record({"kl": penalties.mean().item()})
+        return self.args.beta * self.accelerator.gather(penalties).cpu()
+
+    def _save_credit(self, folder: str) -> None:
+        if self.args.should_save:
+            buffers = {prompt: list(buffer) for prompt, buffer in self.moments.buffers.items()}
+            with open(os.path.join(folder, "running_moments.json"), "w") as file:
+                json.dump(buffers, file)
+
+    def _load_credit(self, folder: str) -> None:
+        with open(os.path.join(folder, "running_moments.json")) as file:
+            buffers = json.load(file)
+        size = self.moments.buffer_size
+        self.moments.buffers = {prompt: deque(buffer, maxlen=size) for prompt, buffer in buffers.items()}

@@ -1,0 +1,288 @@
+"""TDPO-R: a temporal critic gives each denoising step its own advantage, and is reset against primacy bias."""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from ..credit import temporal_advantages
+from ..critic import TemporalCritic, dormant_neurons, reset_neurons
+from ..policy import PipelinePolicy
+from ..rewards.clip import ClipEncoder
+from ..rollout import Trajectory
+from .ddpo_trainer import DDPOTrainer
+from .diffusion_trainer import sample_generator
+from .tdpo_r_config import TDPORConfig
+
+
+class _UpdateCritic(TrainerCallback):
+    """Updates the critic whenever the policy is updated."""
+
+    def __init__(self, update: Callable[[], None]):
+        self.update = update
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.update()
+
+
+class TDPORTrainer(DDPOTrainer):
+    r"""
+    Trainer for [TDPO-R](https://huggingface.co/papers/2402.08552). The changes against [`DDPOTrainer`] are the
+    advantage of a step, which is its return minus the value that a critic gives to the image of the noisy latent before
+    it, whitened over the generation; updates after each sweep over the generation at one step per image; and the reset of
+    the critic's active neurons.
+
+    The critic's loss is \\( \frac12 \max\left((V - G)^2, (\operatorname{clip}(V, V_\text{old} \pm c) - G)^2\right) \\).
+
+    Takes the arguments of [`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`], with a [`TDPORConfig`], and:
+
+    Args:
+        critic_encoder (`Callable`, *optional*):
+            Frozen image encoder of the critic, in place of that of the config: called with images `(B, 3, H, W)` in
+            [0, 1] on the trainer's device, it returns embeddings `(B, d)`.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from flow_trl import TDPORConfig, TDPORTrainer, tiny
+    from flow_trl.rewards.clip import ClipScore
+
+    trainer = TDPORTrainer(
+        model=tiny.load_diffusion_pipeline(),
+        reward_funcs=ClipScore(tiny.CLIP_FOLDER),
+        args=TDPORConfig("tiny-clip", num_inference_steps=10, out_of_domain_rewards=["jpeg_compressibility"]),
+        train_dataset=tiny.load_prompts("scenes", "train"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+    """
+
+    _name = "TDPO-R"
+    _paper = {
+        "title": "Confronting Reward Overoptimization for Diffusion Models: A Perspective of Inductive and Primacy Biases",
+        "id": "2402.08552",
+    }
+    _card_arguments = DDPOTrainer._card_arguments + [
+        "gamma",
+        "use_critic",
+        "critic_learning_rate",
+        "cliprange_value",
+        "reset_neurons",
+        "reset_every",
+        "dormant_threshold",
+    ]
+
+    _config_class = TDPORConfig
+    args: TDPORConfig
+
+    def __init__(self, *args, critic_encoder: Callable[[torch.Tensor], torch.Tensor] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.args.use_critic:
+            return
+        self._critic_policy = self._make_critic_policy()
+        self._encoder = self._choose_encoder(critic_encoder)
+        self.critic = TemporalCritic(self._embedding_size(), generator=sample_generator(self.args.seed, "critic")).to(
+            self.accelerator.device
+        )
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=self.args.critic_learning_rate)
+        self._dormant: dict[str, torch.Tensor] = {}
+        self._critic_inputs: dict[str, torch.Tensor] = {}
+        self.add_callback(_UpdateCritic(self._update_critic))
+
+    def _make_critic_policy(self) -> PipelinePolicy:
+        if self.args.critic_decoder is None:
+            return self.policy
+        try:
+            decoder = AutoencoderTiny.from_pretrained(self.args.critic_decoder, dtype=self.pipe.vae.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`critic_decoder={self.args.critic_decoder!r}` cannot be loaded as an AutoencoderTiny: pass the Hub id or "
+                "folder of one, such as 'madebyollin/taesd' (Stable Diffusion 1.x) or 'madebyollin/taesdxl'."
+            ) from error
+        channels = self.policy.denoiser.config.in_channels
+        if decoder.config.latent_channels != channels:
+            raise ValueError(
+                f"`critic_decoder={self.args.critic_decoder!r}` decodes latents of {decoder.config.latent_channels} "
+                f"channels, those of `model` have {channels}: pass the decoder of this family."
+            )
+        pipe = copy.copy(self.pipe)
+        pipe.__dict__["vae"] = decoder.to(self.accelerator.device).requires_grad_(False).eval()
+        return PipelinePolicy(pipe, **(self.args.pipeline_kwargs or {}))
+
+    def _choose_encoder(self, given: Callable | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        if given is not None and (self.args.critic_encoder is not None or not callable(given)):
+            raise ValueError(
+                f"`critic_encoder={given!r}` must be a callable, and the only one: set it or "
+                f"`args.critic_encoder` (now {self.args.critic_encoder!r})."
+            )
+        trained = [self.reward_funcs[f] for f in self.reward_weights.nonzero().flatten().tolist()]
+        encoders = [reward.encoder for reward in trained if hasattr(reward, "encoder")]
+        if given is None and self.args.critic_encoder is None and encoders:
+            return encoders[0]
+        encoder = given
+        if encoder is None:
+            name = self.args.critic_encoder or "openai/clip-vit-large-patch14"
+            encoder = ClipEncoder(name, device=self.accelerator.device)
+        for own in encoders:
+            sizes = [getattr(e, "image_size", None) for e in (encoder, own)]
+            if None not in sizes and sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"`critic_encoder` takes images of {sizes[0]} pixels, the reward function sees images of {sizes[1]}: "
+                    "the critic would not see what is rewarded. Leave `critic_encoder` out for the reward's own encoder."
+                )
+        return encoder
+
+    def _embedding_size(self) -> int:
+        conditioning = self.policy.encode([""])
+        latents = self.policy.start(conditioning, 2, torch.Generator().manual_seed(0)).latents
+        embeddings = self._embed(latents, conditioning)
+        if embeddings.ndim != 2 or len(embeddings) != 1 or not embeddings.isfinite().all():
+            raise ValueError(
+                f"`critic_encoder` made a tensor of shape {tuple(embeddings.shape)} of one image: it must return finite "
+                "embeddings (B, d) of images (B, 3, H, W)."
+            )
+        return embeddings.shape[1]
+
+    @torch.no_grad()
+    def _embed(self, latents: torch.Tensor, conditioning) -> torch.Tensor:
+        """Embeddings (B, d) of latents (B, ...), decoded with their noise."""
+        images = self._critic_policy.decode(latents, conditioning, output_type="pt")
+        return self._encoder(images.float()).float()
+
+    def _trained_steps(self, images: torch.Tensor, sweep: int) -> list[int]:
+        return super()._trained_steps(images, sweep)[sweep : sweep + 1]
+
+    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+        if not self.args.use_critic:
+            return super()._advantages(rewards, rows, trajectory)
+        started, args = time.perf_counter(), self.args
+        size, num_steps = trajectory.log_probs.shape
+        flat = trajectory.latents[:, :-1].flatten(0, 1)
+        index = torch.tensor(self._prompt_index).repeat_interleave(num_steps)
+        parts = zip(*(x.split(args.per_device_rollout_batch_size) for x in (flat, index)), strict=True)
+        embeddings = []
+        with self._progress(len(flat), "Embedding for the critic") as bar:
+            for latents, prompts in parts:
+                embeddings.append(self._embed(latents, self._conditioning[prompts]))
+                bar.update(len(latents))
+        embeddings = torch.cat(embeddings).to(self.accelerator.device).unflatten(0, (size, num_steps))
+        self._watch_neurons(self.accelerator.gather(embeddings))
+        self.critic.eval()
+        with torch.no_grad():
+            values = self.critic(embeddings)
+        self.critic.train()
+        all_values = self.accelerator.gather(values).cpu()
+        advantages, returns = temporal_advantages(
+            self._normalized(rewards, rows),
+            all_values,
+            gamma=args.gamma,
+            step_penalties=self._step_penalties(trajectory),
+        )
+        mine = returns.split(size)[self.accelerator.process_index].to(values.device)
+        self._critic_inputs = {"embeddings": embeddings, "values": values, "returns": mine}
+        residual = (returns - all_values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
+        self._record({"critic/explained_variance": 1 - residual.item(), "time/critic": time.perf_counter() - started})
+        return advantages
+
+    def _watch_neurons(self, embeddings: torch.Tensor) -> None:
+        """Logs dormant neurons and, when it is due, resets those that `reset_neurons` names."""
+        args, generation = self.args, self.state.global_step // self._updates_per_generation
+        dormant = dormant_neurons(self.critic, embeddings, args.dormant_threshold)
+        now = torch.cat(list(dormant.values()))
+        self._record({"critic/dormant_share": now.float().mean().item()})
+        if self._dormant:
+            last = torch.cat(list(self._dormant.values()))
+            self._record({"critic/dormant_overlap": ((now & last).sum() / last.sum().clamp(min=1)).item()})
+        self._dormant = dormant
+        if args.reset_neurons == "none" or generation == 0 or generation % args.reset_every:
+            return
+        chosen = {
+            name: {"active": ~mask, "dormant": mask, "all": torch.ones_like(mask)}[args.reset_neurons]
+            for name, mask in dormant.items()
+        }
+        generator = sample_generator(args.seed, "reset", generation)
+        reset_neurons(self.critic, chosen, self.critic_optimizer, generator)
+        self._record({"critic/reset_share": torch.cat(list(chosen.values())).float().mean().item()})
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.use_critic:
+            self._add_critic_gradient(inputs["images"].cpu(), inputs["step"])
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _add_critic_gradient(self, images: torch.Tensor, k: int) -> None:
+        embeddings, old, returns = (
+            self._critic_inputs[name][images, k] for name in ("embeddings", "values", "returns")
+        )
+        device = self.accelerator.device
+        seed = sample_generator("dropout", self.state.global_step, k, *self._key(images)).initial_seed()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the same whatever the processes
+            torch.manual_seed(seed)
+            values = self.critic(embeddings)
+        clipped = torch.clamp(values, old - self.args.cliprange_value, old + self.args.cliprange_value)
+        loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).mean()
+        (loss / self.args.gradient_accumulation_steps).backward()
+        self._record({"critic/loss": loss.item()})
+
+    def _update_critic(self) -> None:
+        parameters = list(self.critic.parameters())
+        gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        gradient = self.accelerator.reduce(gradient, reduction="mean")
+        for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad()
+
+    # Saving and resuming
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.use_critic and self.args.should_save:
+            save_file(self.critic.state_dict(), os.path.join(output_dir or self.args.output_dir, "critic.safetensors"))
+
+    def _critic_inputs_file(self, folder: str) -> str:
+        return os.path.join(folder, f"critic_inputs_{self.accelerator.process_index}.safetensors")
+
+    def _save_credit(self, folder: str) -> None:
+        super()._save_credit(folder)
+        if not self.args.use_critic:
+            return
+        if self.state.global_step % self._updates_per_generation:
+            save_file(self._critic_inputs, self._critic_inputs_file(folder))
+        if self.args.should_save:
+            state = {f"dormant.{name}": mask for name, mask in self._dormant.items()}
+            for name, parameter in self.critic.named_parameters():
+                moments = self.critic_optimizer.state[parameter]
+                state |= {f"optimizer.{moment}.{name}": value for moment, value in moments.items()}
+            save_file(state, os.path.join(folder, "critic_training.safetensors"))
+
+    def _load_credit(self, folder: str) -> None:
+        super()._load_credit(folder)
+        if not self.args.use_critic:
+            return
+        device = str(self.accelerator.device)
+        self.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors"), device=device))
+        state = load_file(os.path.join(folder, "critic_training.safetensors"), device=device)
+        self._dormant = {
+            name.removeprefix("dormant."): mask for name, mask in state.items() if name.startswith("dormant.")
+        }
+        for name, parameter in self.critic.named_parameters():
+            self.critic_optimizer.state[parameter] = {
+                moment: state[f"optimizer.{moment}.{name}"].cpu()
+                if moment == "step"
+                else state[f"optimizer.{moment}.{name}"]
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{moment}.{name}" in state
+            }
+        path = self._critic_inputs_file(folder)
+        if os.path.isfile(path):
+            self._critic_inputs = load_file(path, device=device)
