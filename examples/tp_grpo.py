@@ -18,19 +18,16 @@ A real model on GPUs (see examples/README.md for the paper's settings):
         --dataset_name prompts.txt --reward_funcs ocr --pipeline_kwargs '{"height": 512, "width": 512}'
 """
 
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from matplotlib.figure import Figure
 from peft import LoraConfig
-from PIL import Image
 from trl import TrlParser
 
 from flow_trl import TPGRPOConfig, TPGRPOTrainer, tiny
-from flow_trl.callbacks import LearningCurveCallback
+from flow_trl.callbacks import LearningCurveCallback, reward_table, save_before_and_after
 from flow_trl.rewards.scene import SceneReward, TransformersDetector
 
 
@@ -141,34 +138,6 @@ def reward_functions(arguments: ScriptArguments, device: torch.device) -> tuple[
     return [SceneReward(detector), SceneReward(detector, strict=True)], [1.0, 0.0]
 
 
-def print_table(before: dict, after: dict, names: list[str], size: int) -> None:
-    """Prints the held-out rewards before and after."""
-    print(f"\nHeld out: {size} prompts, one image each\n")
-    print(f"| {'reward':<22} | before | after  | change  | standard errors |")
-    print(f"| {'-' * 22} | ------ | ------ | ------- | --------------- |")
-    for name in names:
-        first, last = before[f"eval_rewards/{name}/mean"], after[f"eval_rewards/{name}/mean"]
-        error = (before[f"eval_rewards/{name}/se"] ** 2 + after[f"eval_rewards/{name}/se"] ** 2) ** 0.5
-        change = last - first
-        print(f"| {name:<22} | {first:6.3f} | {last:6.3f} | {change:+7.3f} | {change / max(error, 1e-9):+15.1f} |")
-
-
-def draw_before_and_after(folder: Path, last_step: int, prompts: list[str]) -> None:
-    """Writes `before_after.png`: the same prompts and noise, untrained above and trained below."""
-    columns = min(8, len(prompts))
-    figure = Figure(figsize=(2 * columns, 5), layout="constrained")
-    for row, step in zip(figure.subplots(2, columns, squeeze=False), (0, last_step), strict=True):
-        grid = Image.open(folder / "images" / f"eval-{step:06d}.png")
-        size = grid.width // columns
-        for i, axes in enumerate(row):
-            axes.imshow(grid.crop((i * size, 0, (i + 1) * size, size)))
-            axes.set(xticks=[], yticks=[])
-            if step == 0:
-                axes.set_title(textwrap.fill(prompts[i].removeprefix("a photo of "), 24), fontsize=9)
-        row[0].set_ylabel("after" if step else "before")
-    figure.savefig(folder / "before_after.png", dpi=100)
-
-
 def main() -> None:
     # The model decides the defaults, so it is read first.
     arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
@@ -200,16 +169,16 @@ def main() -> None:
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = trainer.evaluate()
+    trainer.evaluate()
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub()
 
     if trainer.is_world_process_zero():
-        before = next(entry for entry in trainer.state.log_history if "eval_reward" in entry)
+        save_before_and_after(args.output_dir, eval_dataset["prompt"][: args.num_images_to_save])
+        print(f"\nHeld out: {len(eval_dataset)} prompts, one image each\n")
+        print(reward_table(trainer.state.log_history))
         folder = Path(args.output_dir)
-        draw_before_and_after(folder, trainer.state.global_step, eval_dataset["prompt"][: args.num_images_to_save])
-        print_table(before, after, trainer.reward_names, len(eval_dataset))
         print(f"\nIn {folder}: before_after.png, learning_curve.png, images/, the LoRA and its card (README.md)")
 
 

@@ -1,6 +1,7 @@
-"""Callbacks for diffusion training: moving average, image grids, learning curve, over-optimisation."""
+"""Callbacks and pictures for diffusion training: moving average, image grids, learning curve, over-optimisation."""
 
 import logging
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,82 @@ class LearningCurveCallback(TrainerCallback):
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)
 
 
+def reward_table(log_history: list[dict]) -> str:
+    """
+    Compares the first and the last evaluation of a run.
+
+    Args:
+        log_history (`list[dict]`):
+            `trainer.state.log_history`, with at least one evaluation.
+
+    Returns:
+        `str`: a table in Markdown, with a row for each reward function: mean before and after, the change, and the
+        change in standard errors (of the difference, as if the images of both were independent).
+
+    Example:
+
+    ```python
+    >>> print(reward_table(trainer.state.log_history))
+    | reward                 | before | after  | change  | standard errors |
+    | ---------------------- | ------ | ------ | ------- | --------------- |
+    | scene                  |  0.712 |  0.773 |  +0.061 |            +5.2 |
+    ```
+    """
+    evaluations = [entry for entry in log_history if "eval_reward" in entry]
+    before, after = evaluations[0], evaluations[-1]
+    lines = [
+        f"| {'reward':<22} | before | after  | change  | standard errors |",
+        f"| {'-' * 22} | ------ | ------ | ------- | --------------- |",
+    ]
+    for key in [
+        key.removesuffix("/mean") for key in after if key.startswith("eval_rewards/") and key.endswith("/mean")
+    ]:
+        first, last = before[f"{key}/mean"], after[f"{key}/mean"]
+        error = (before[f"{key}/se"] ** 2 + after[f"{key}/se"] ** 2) ** 0.5
+        change, name = last - first, key.removeprefix("eval_rewards/")
+        lines.append(
+            f"| {name:<22} | {first:6.3f} | {last:6.3f} | {change:+7.3f} | {change / max(error, 1e-9):+15.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def save_before_and_after(folder: str | Path, prompts: list[str]) -> None:
+    """
+    Writes `before_after.png`: the images of the first and the last evaluation of a run, of the same prompts and noise.
+
+    Args:
+        folder (`str` or `Path`):
+            `output_dir` of the run, whose `images` has the grids.
+        prompts (`list[str]`):
+            The prompts of the images, at least one; up to 8 are shown.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed (extra `plots`).
+
+    Example:
+
+    ```python
+    >>> save_before_and_after(trainer.args.output_dir, eval_dataset["prompt"][:8])
+    ```
+    """
+    figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
+    grids = sorted((Path(folder) / "images").glob("eval-*.png"))
+    columns = min(8, len(prompts))
+    figure = figures.Figure(figsize=(2 * columns, 5), layout="constrained")
+    for row, (label, path) in zip(
+        figure.subplots(2, columns, squeeze=False), {"before": grids[0], "after": grids[-1]}.items(), strict=True
+    ):
+        grid = Image.open(path)
+        size = grid.width // columns
+        for i, axes in enumerate(row):
+            axes.imshow(grid.crop((i * size, 0, (i + 1) * size, size)))
+            axes.set(xticks=[], yticks=[])
+            if label == "before":
+                axes.set_title(textwrap.fill(prompts[i].removeprefix("a photo of "), 24), fontsize=9)
+        row[0].set_ylabel(label)
+    figure.savefig(Path(folder) / "before_after.png", dpi=100)
+
+
 def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
     """
     Draws rewards that are not trained against the one that is, over the evaluations of one or more runs: where a
@@ -216,8 +293,8 @@ def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
     Example:
 
     ```python
-    >>> histories = {"Flow-GRPO": flow_grpo.state.log_history, "TP-GRPO": tp_grpo.state.log_history}
-    >>> cross_reward_figure(histories, ["pickscore", "hps"]).savefig("cross_reward.png")
+    >>> histories = {"DDPO": ddpo.state.log_history, "TDPO-R": tdpo_r.state.log_history}
+    >>> cross_reward_figure(histories, ["pickscore", "clip_score"]).savefig("cross_reward.png")
     ```
     """
     figures = import_extra("matplotlib.figure", extra="plots", purpose="the cross-reward figure")
@@ -267,8 +344,8 @@ class OverOptimizationCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> config = TPGRPOConfig(..., out_of_domain_rewards=["pickscore", "hps"])
-    >>> trainer = TPGRPOTrainer(..., args=config, callbacks=[OverOptimizationCallback(stop_after_fall=0.1)])
+    >>> config = TDPORConfig(..., out_of_domain_rewards=["pickscore", "clip_score"])
+    >>> trainer = TDPORTrainer(..., args=config, callbacks=[OverOptimizationCallback(stop_after_fall=0.1)])
     ```
     """
 

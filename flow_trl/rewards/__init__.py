@@ -34,7 +34,9 @@ trainer = TPGRPOTrainer(model, reward_funcs=["ocr", darkness, judged], ...)
 ```
 
 Built-in names: `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`]), `"ocr"` ([`~rewards.ocr.OCRReward`]),
-[`~rewards.jpeg.jpeg_compressibility`] and [`~rewards.jpeg.jpeg_incompressibility`].
+[`~rewards.jpeg.jpeg_compressibility`] and [`~rewards.jpeg.jpeg_incompressibility`]; and, which load a CLIP model from
+the Hub, `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"` ([`~rewards.clip.PickScore`]) and `"aesthetic"`
+([`~rewards.clip.AestheticScore`]).
 """
 
 from collections.abc import Callable
@@ -47,9 +49,12 @@ def _load(module: str, name: str) -> Any:
 
 
 BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
+    "aesthetic": lambda: _load("clip", "AestheticScore")(),
+    "clip_score": lambda: _load("clip", "ClipScore")(),
     "jpeg_compressibility": lambda: _load("jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": lambda: _load("jpeg", "jpeg_incompressibility"),
     "ocr": lambda: _load("ocr", "OCRReward")(),
+    "pickscore": lambda: _load("clip", "PickScore")(),
     "scene": lambda: _load("scene", "SceneReward")(),
     "scene_strict": lambda: _load("scene", "SceneReward")(strict=True),
 }
@@ -67,7 +72,7 @@ def get_reward_func(reward: str | Callable) -> Callable:
         `Callable`: the reward function, see [`flow_trl.rewards`] for how it is called.
 
     Raises:
-        ValueError: if `reward` is a `str` that names no built-in reward.
+        ValueError: if `reward` is a `str` that names no built-in reward, or one whose model cannot be loaded.
         TypeError: if `reward` is neither a `str` nor a callable.
         MissingExtraError: if the built-in reward needs an optional package that is not installed.
 
