@@ -867,8 +867,10 @@ class DiffusionTrainer(Trainer):
         self._conditioning, self._prompt_index = self._encode(generation.rows.tolist())
 
     @property
-    def _is_tiny(self) -> bool:
-        return Path(self.model_name) in (FLOW_FOLDER, DIFFUSION_FOLDER)
+    def _tiny_loader(self) -> str | None:
+        """Function of `flow_trl.tiny` that loads the base model, if it is one of the tiny world."""
+        loaders = {FLOW_FOLDER: "load_flow_pipeline", DIFFUSION_FOLDER: "load_diffusion_pipeline"}
+        return loaders.get(Path(self.model_name))
 
     def create_model_card(
         self,
@@ -918,8 +920,9 @@ class DiffusionTrainer(Trainer):
             template_str=(files("flow_trl") / "templates" / "diffusion_model_card.md").read_text(),
             model_name=model_name or (args.hub_model_id or output_dir.resolve().name).split("/")[-1],
             repo=args.hub_model_id or str(output_dir),
-            base_model="flow_trl.tiny" if self._is_tiny else self.model_name,
-            is_tiny=self._is_tiny,
+            base_model="flow_trl.tiny" if self._tiny_loader else self.model_name,
+            tiny_loader=self._tiny_loader,
+            note=self._card_note,
             is_lora=self.is_lora,
             pipeline_kwargs=self.eval_policy.call_kwargs,
             trainer=type(self).__name__,
@@ -937,6 +940,7 @@ class DiffusionTrainer(Trainer):
         )  # fmt: skip
         card.save(output_dir / "README.md")
 
+    _card_note: str | None = None
     _card_arguments = [
         "num_inference_steps", "guidance_scale", "num_generations", "generation_batch_size", "updates_per_generation",
         "num_iterations", "epsilon", "beta", "adv_clip_max", "ema_decay", "ema_update_steps",

@@ -80,6 +80,11 @@ class TDPORTrainer(DDPOTrainer):
         "dormant_threshold",
     ]
 
+    _card_note = (
+        "`critic.safetensors` is the head of the temporal critic (`flow_trl.critic.TemporalCritic`), for further training; "
+        "images do not need it."
+    )
+
     _config_class = TDPORConfig
     args: TDPORConfig
 
