@@ -64,6 +64,7 @@ class DDPOTrainer(DiffusionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._scheduler = functools.cache(self._make_scheduler)
         self.moments = PerPromptRunningMoments(
             self.args.per_prompt_stat_tracking_buffer_size, self.args.per_prompt_stat_tracking_min_count
         )
@@ -83,14 +84,15 @@ class DDPOTrainer(DiffusionTrainer):
                 "pipelines with DDIM: use TPGRPOTrainer or FlowGRPOTrainer."
             )
         if not isinstance(pipe.scheduler, DDIMScheduler):
-            try:
-                pipe.scheduler = DDIMScheduler.from_config(config)
-            except Exception as error:
-                raise ValueError(f"`model` has the scheduler {name}, which cannot become a DDIMScheduler.") from error
+            if config.get("trained_betas") is None and config.get("beta_start") is None:
+                raise ValueError(
+                    f"`model` has the scheduler {name}, whose noise schedule has no betas, so it cannot become a "
+                    "DDIMScheduler: pass a pipeline of the Stable Diffusion 1.x, 2.x or XL families."
+                )
+            pipe.scheduler = DDIMScheduler.from_config(config)
             logger.warning("The scheduler of `model`, %s, is replaced by a DDIMScheduler of its noise schedule.", name)
 
-    @functools.cache  # noqa: B019
-    def _scheduler(self, num_inference_steps: int) -> DDIMScheduler:
+    def _make_scheduler(self, num_inference_steps: int) -> DDIMScheduler:
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps)
         return scheduler
