@@ -49,7 +49,7 @@ class ScriptArguments:
         dataset_name (`str`, *optional*):
             Prompts: Hub id, or a `.jsonl` or `.txt` file. If not set, the tiny world's scenes.
         reward_funcs (`list[str]`, *optional*):
-            Names of the trained rewards. If not set, the agreement with the prompt by the tiny CLIP, or `"aesthetic"`.
+            Names of the trained rewards. If not set, `"aesthetic"`, and in the tiny world `"jpeg_compressibility"`.
         eval_size (`int`, *optional*, defaults to `500`):
             Number of held-out prompts.
         lora_rank (`int`, *optional*, defaults to `4`):
@@ -80,29 +80,32 @@ class ScriptArguments:
 
 
 # What suits the tiny world on two CPU cores, where it differs from the paper's setting: no guidance (half the cost), few
-# denoising steps, higher learning rates.
+# denoising steps, higher learning rates. The smaller an image is as JPEG, the better; the agreement with the prompt by the
+# tiny CLIP, and what is really in the picture, are watched. All methods see 30 generations of 128 images.
 TINY = {
     "num_inference_steps": 10,
     "eval_num_inference_steps": 10,
     "guidance_scale": 1.0,
     "num_generations": 8,
     "generation_batch_size": 128,
-    "per_device_train_batch_size": 32,
     "per_device_rollout_batch_size": 128,
     "per_device_eval_batch_size": 250,
-    "updates_per_generation": 1,
-    "max_steps": 300,
-    "eval_steps": 50,
-    "logging_steps": 10,
-    "learning_rate": 3e-4,
-    "out_of_domain_rewards": ["scene", "scene_strict", "jpeg_compressibility"],
+    "learning_rate": 2e-3,
+    "out_of_domain_rewards": ["clip_score", "scene", "scene_strict"],
     "lora_rank": 16,
     "lora_alpha": 32,
     "use_cpu": True,
     "report_to": "none",
     "save_strategy": "no",
 }
-TINY_CRITIC = {"critic_learning_rate": 1e-3, "reset_every": 5}
+TINY_TDPO = {
+    "per_device_train_batch_size": 32,
+    "max_steps": 300,
+    "eval_steps": 50,
+    "critic_encoder": str(tiny.CLIP_FOLDER),
+    "critic_learning_rate": 3e-3,
+}
+TINY_DDPO = {"per_device_train_batch_size": 16, "updates_per_generation": 8, "max_steps": 240, "eval_steps": 40}
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -130,10 +133,13 @@ def main() -> None:
     if arguments.method == "tdpo":
         parser.set_defaults(reset_neurons="none")
     if is_tiny:
-        parser.set_defaults(**TINY, **({} if is_ddpo else TINY_CRITIC))
+        parser.set_defaults(**TINY, **(TINY_DDPO if is_ddpo else TINY_TDPO))
     arguments, args = parser.parse_args_and_config()
 
     train_dataset, eval_dataset = load_prompts(arguments)
+    reward_funcs = arguments.reward_funcs or ["jpeg_compressibility" if is_tiny else "aesthetic"]
+    if is_tiny:
+        reward_funcs = [*reward_funcs, ClipScore(*tiny.load_clip())]
     peft_config = None
     if arguments.lora_rank:
         peft_config = LoraConfig(
@@ -147,7 +153,7 @@ def main() -> None:
         callbacks.append(OverOptimizationCallback(arguments.stop_after_fall))
     trainer = (DDPOTrainer if is_ddpo else TDPORTrainer)(
         model=tiny.load_diffusion_pipeline() if is_tiny else arguments.model_name_or_path,
-        reward_funcs=arguments.reward_funcs or ([ClipScore(*tiny.load_clip())] if is_tiny else ["aesthetic"]),
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
