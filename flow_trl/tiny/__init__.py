@@ -112,7 +112,8 @@ def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any
     import torch
     from diffusers import StableDiffusionPipeline
 
-    kwargs = {"dtype": torch.float32, "safety_checker": None, "feature_extractor": None, **kwargs}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kwargs = {"dtype": torch.float32, **absent, **kwargs}
     return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
 
 

@@ -68,12 +68,14 @@ class DDPOTrainer(DiffusionTrainer):
         self.moments = PerPromptRunningMoments(
             self.args.per_prompt_stat_tracking_buffer_size, self.args.per_prompt_stat_tracking_min_count
         )
-        last = int(self._scheduler(self.args.num_inference_steps).timesteps[-1])
-        if last < 1:
+        scheduler = self._scheduler(self.args.num_inference_steps)
+        first, last = int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])
+        if not 0 < last <= first < scheduler.config.num_train_timesteps:
             raise ValueError(
-                f"`num_inference_steps={self.args.num_inference_steps}` ends at timestep {last}, where a step has no noise "
-                "and cannot be trained: use fewer steps, or give the pipeline's scheduler `steps_offset=1` (with "
-                "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)`)."
+                f"`num_inference_steps={self.args.num_inference_steps}` makes the timesteps {first} to {last}, of which each "
+                f"must be from 1 (a step from 0 has no noise, so it cannot be trained) to "
+                f"{scheduler.config.num_train_timesteps - 1}: use fewer steps, or set `pipe.scheduler = "
+                "DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')`."
             )
 
     def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
@@ -89,7 +91,10 @@ class DDPOTrainer(DiffusionTrainer):
                     f"`model` has the scheduler {name}, whose noise schedule has no betas, so it cannot become a "
                     "DDIMScheduler: pass a pipeline of the Stable Diffusion 1.x, 2.x or XL families."
                 )
-            pipe.scheduler = DDIMScheduler.from_config(config)
+            # DDIM's own defaults would clip latents as if they were pixels.
+            options = {name: config.get(name, False) for name in ("clip_sample", "set_alpha_to_one")}
+            options["steps_offset"] = config.get("steps_offset") or 1
+            pipe.scheduler = DDIMScheduler.from_config(config, **options)
             logger.warning("The scheduler of `model`, %s, is replaced by a DDIMScheduler of its noise schedule.", name)
 
     def _make_scheduler(self, num_inference_steps: int) -> DDIMScheduler:
@@ -113,7 +118,10 @@ class DDPOTrainer(DiffusionTrainer):
         return scheduler.step(output, schedule.timesteps[step], sample, return_dict=False)[0]
 
     def _key(self, images: torch.Tensor) -> tuple:
-        """What numbers that are drawn for a micro-batch of a generation depend on, whatever the number of processes."""
+        """
+        What numbers that are drawn for a micro-batch of a generation depend on: the same however many processes there are,
+        unless some images are skipped.
+        """
         step = self.state.global_step - self.state.global_step % self._updates_per_generation
         first = self.accelerator.process_index * len(self._generation.rows) + int(images[0])
         return self.args.seed, step, first
@@ -153,8 +161,17 @@ class DDPOTrainer(DiffusionTrainer):
             with open(os.path.join(folder, "running_moments.json"), "w") as file:
                 json.dump(buffers, file)
 
+    def _credit_file(self, folder: str, name: str) -> str:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"`resume_from_checkpoint={folder!r}` has no file `{name}`, so it was not written by {type(self).__name__} "
+                "with these settings and this number of processes: pass a `checkpoint-*` folder of such a run."
+            )
+        return path
+
     def _load_credit(self, folder: str) -> None:
-        with open(os.path.join(folder, "running_moments.json")) as file:
+        with open(self._credit_file(folder, "running_moments.json")) as file:
             buffers = json.load(file)
         size = self.moments.buffer_size
         self.moments.buffers = {prompt: deque(buffer, maxlen=size) for prompt, buffer in buffers.items()}

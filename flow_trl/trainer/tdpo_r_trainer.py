@@ -106,10 +106,12 @@ class TDPORTrainer(DDPOTrainer):
         if self.args.critic_decoder is None:
             return self.policy
         try:
+            if AutoencoderTiny.load_config(self.args.critic_decoder)["_class_name"] != "AutoencoderTiny":
+                raise ValueError("it is a model of another class")
             decoder = AutoencoderTiny.from_pretrained(self.args.critic_decoder, dtype=self.pipe.vae.dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`critic_decoder={self.args.critic_decoder!r}` cannot be loaded as an AutoencoderTiny: pass the Hub id or "
+                f"`critic_decoder={self.args.critic_decoder!r}` cannot be loaded as an AutoencoderTiny ({error}): pass the Hub id or "
                 "folder of one, such as 'madebyollin/taesd' (Stable Diffusion 1.x) or 'madebyollin/taesdxl'."
             ) from error
         channels = self.policy.denoiser.config.in_channels
@@ -149,10 +151,12 @@ class TDPORTrainer(DDPOTrainer):
         conditioning = self.policy.encode([""])
         latents = self.policy.start(conditioning, 2, torch.Generator().manual_seed(0)).latents
         embeddings = self._embed(latents, conditioning)
-        if embeddings.ndim != 2 or len(embeddings) != 1 or not embeddings.isfinite().all():
+        is_tensor = isinstance(embeddings, torch.Tensor)
+        if not is_tensor or embeddings.ndim != 2 or len(embeddings) != 1 or not embeddings.isfinite().all():
+            made = f"a tensor of shape {tuple(embeddings.shape)}" if is_tensor else f"a {type(embeddings).__name__}"
             raise ValueError(
-                f"`critic_encoder` made a tensor of shape {tuple(embeddings.shape)} of one image: it must return finite "
-                "embeddings (B, d) of images (B, 3, H, W)."
+                f"`critic_encoder` made {made} of one image: it must return finite embeddings, a tensor (B, d), of images "
+                "(B, 3, H, W)."
             )
         return embeddings.shape[1]
 
@@ -160,7 +164,7 @@ class TDPORTrainer(DDPOTrainer):
     def _embed(self, latents: torch.Tensor, conditioning) -> torch.Tensor:
         """Embeddings (B, d) of latents (B, ...), decoded with their noise."""
         images = self._critic_policy.decode(latents, conditioning, output_type="pt")
-        return self._encoder(images.float()).float()
+        return self._encoder(images.float())
 
     def _trained_steps(self, images: torch.Tensor, sweep: int) -> list[int]:
         return super()._trained_steps(images, sweep)[sweep : sweep + 1]
@@ -178,7 +182,7 @@ class TDPORTrainer(DDPOTrainer):
             for latents, prompts in parts:
                 embeddings.append(self._embed(latents, self._conditioning[prompts]))
                 bar.update(len(latents))
-        embeddings = torch.cat(embeddings).to(self.accelerator.device).unflatten(0, (size, num_steps))
+        embeddings = torch.cat(embeddings).to(self.accelerator.device, torch.float32).unflatten(0, (size, num_steps))
         self._watch_neurons(self.accelerator.gather(embeddings))
         self.critic.eval()
         with torch.no_grad():
@@ -254,15 +258,16 @@ class TDPORTrainer(DDPOTrainer):
         if self.args.use_critic and self.args.should_save:
             save_file(self.critic.state_dict(), os.path.join(output_dir or self.args.output_dir, "critic.safetensors"))
 
-    def _critic_inputs_file(self, folder: str) -> str:
-        return os.path.join(folder, f"critic_inputs_{self.accelerator.process_index}.safetensors")
+    @property
+    def _critic_inputs_name(self) -> str:
+        return f"critic_inputs_{self.accelerator.process_index}.safetensors"
 
     def _save_credit(self, folder: str) -> None:
         super()._save_credit(folder)
         if not self.args.use_critic:
             return
         if self.state.global_step % self._updates_per_generation:
-            save_file(self._critic_inputs, self._critic_inputs_file(folder))
+            save_file(self._critic_inputs, os.path.join(folder, self._critic_inputs_name))
         if self.args.should_save:
             state = {f"dormant.{name}": mask for name, mask in self._dormant.items()}
             for name, parameter in self.critic.named_parameters():
@@ -274,20 +279,26 @@ class TDPORTrainer(DDPOTrainer):
         super()._load_credit(folder)
         if not self.args.use_critic:
             return
-        device = str(self.accelerator.device)
-        self.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors"), device=device))
-        state = load_file(os.path.join(folder, "critic_training.safetensors"), device=device)
+        device = self.accelerator.device
+        weights = load_file(self._credit_file(folder, "critic.safetensors"))
+        size = weights["layers.0.weight"].shape[1]
+        if size != self.critic.embedding_dim:
+            raise ValueError(
+                f"`resume_from_checkpoint={folder!r}` has a critic of embeddings of {size} numbers, `critic_encoder` makes "
+                f"{self.critic.embedding_dim}: use the encoder of the run that wrote it."
+            )
+        self.critic.load_state_dict(weights)
+        state = load_file(self._credit_file(folder, "critic_training.safetensors"))
         self._dormant = {
-            name.removeprefix("dormant."): mask for name, mask in state.items() if name.startswith("dormant.")
+            name.removeprefix("dormant."): mask.to(device)
+            for name, mask in state.items()
+            if name.startswith("dormant.")
         }
         for name, parameter in self.critic.named_parameters():
             self.critic_optimizer.state[parameter] = {
-                moment: state[f"optimizer.{moment}.{name}"].cpu()
-                if moment == "step"
-                else state[f"optimizer.{moment}.{name}"]
+                moment: state[f"optimizer.{moment}.{name}"].to("cpu" if moment == "step" else device)
                 for moment in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{moment}.{name}" in state
             }
-        path = self._critic_inputs_file(folder)
-        if os.path.isfile(path):
-            self._critic_inputs = load_file(path, device=device)
+        if os.path.isfile(os.path.join(folder, "critic_inputs_0.safetensors")):  # written within a generation
+            tensors = load_file(self._credit_file(folder, self._critic_inputs_name))
+            self._critic_inputs = {name: tensor.to(device) for name, tensor in tensors.items()}

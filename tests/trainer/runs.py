@@ -8,13 +8,28 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer
+from flow_trl import (
+    DDPOConfig,
+    DDPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    TDPORConfig,
+    TDPORTrainer,
+    TPGRPOConfig,
+    TPGRPOTrainer,
+)
 from tests import pipelines, two_processes
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 COLORS, SHAPES = ["red", "green", "blue", "black"], ["circle", "square"]
 PROMPTS = [f"a {color} {shape}" for shape in SHAPES for color in COLORS]
+METHODS = {
+    "tp": (TPGRPOConfig, TPGRPOTrainer),
+    "flow": (FlowGRPOConfig, FlowGRPOTrainer),
+    "ddpo": (DDPOConfig, DDPOTrainer),
+    "tdpo_r": (TDPORConfig, TDPORTrainer),
+}
 
 
 def prompts(count=8, easy=()):
@@ -31,6 +46,11 @@ def gray(image):
 
 def brightness(prompts, images, easy, **columns):
     return [0.5 if is_easy else gray(image) for image, is_easy in zip(images, easy, strict=True)]
+
+
+def pooled(images):
+    """A critic's encoder: 48 means of pixels. Images are decoded as numbers here, so nothing needs to be coarse."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
 
 class Watch(TrainerCallback):
@@ -66,19 +86,24 @@ def make_config(output_dir, method="tp", **kwargs):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    config = {"tp": TPGRPOConfig, "flow": FlowGRPOConfig}[method]
-    return config(str(output_dir), **(arguments | kwargs))
+    if method in ("ddpo", "tdpo_r"):  # on Stable Diffusion, which has no such argument
+        arguments["pipeline_kwargs"] = None
+    return METHODS[method][0](str(output_dir), **(arguments | kwargs))
 
 
 def make_trainer(
     output_dir, method="tp", reward_funcs=brightness, pipe=None, full=False, train=None, evaluation=None,
-    callbacks=(), lora_alpha=8, optimizers=(None, None), **config
+    callbacks=(), lora_alpha=8, optimizers=(None, None), critic_encoder=pooled, **config
 ):  # fmt: skip
     """A trainer of a small random pipeline; `trainer.watch` keeps the gradients."""
+    if pipe is None and method in ("tp", "flow"):
+        pipe = pipelines.stable_diffusion_3(t5=False)
+    elif pipe is None:
+        pipe = pipelines.stable_diffusion()
     peft_config = LoraConfig(r=4, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS)
     watch = Watch()
-    trainer = {"tp": TPGRPOTrainer, "flow": FlowGRPOTrainer}[method](
-        pipelines.stable_diffusion_3(t5=False) if pipe is None else pipe,
+    trainer = METHODS[method][1](
+        pipe,
         reward_funcs,
         make_config(output_dir, method, **config),
         train_dataset=prompts() if train is None else train,
@@ -86,6 +111,7 @@ def make_trainer(
         callbacks=[watch, *callbacks],
         optimizers=optimizers,
         peft_config=None if full else peft_config,
+        **({"critic_encoder": critic_encoder} if method == "tdpo_r" else {}),
     )
     trainer.watch = watch
     return trainer
@@ -98,6 +124,25 @@ def weights(trainer):
 def averages(trainer):
     shadows = dict(zip(trainer.ema.parameters, trainer.ema.average.shadow_params, strict=True))
     return torch.cat([shadows[name].flatten() for name in sorted(shadows)])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def critic_weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.critic.parameters()])
+
+
+def critic_moments(trainer):
+    """Both moments of the critic's Adam, one after the other."""
+    states = [trainer.critic_optimizer.state[parameter] for parameter in trainer.critic.parameters()]
+    return torch.cat([state[name].flatten() for name in ("exp_avg", "exp_avg_sq") for state in states])
+
+
+def kept_rewards(trainer):
+    """The rewards that the running moments keep of each prompt."""
+    return {prompt: list(buffer) for prompt, buffer in trainer.moments.buffers.items()}
 
 
 def logged(trainer, name):
@@ -145,7 +190,12 @@ def run(spec):
         {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
         for entry in trainer.state.log_history
     ]
-    return {
+    more = {}
+    if isinstance(trainer, DDPOTrainer):
+        more["kept_rewards"] = kept_rewards(trainer)
+    if isinstance(trainer, TDPORTrainer) and trainer.args.use_critic:
+        more |= {"critic": critic_weights(trainer), "critic_moments": critic_moments(trainer)}
+    return more | {
         "images": recorder.images,
         "rewards": recorder.rewards,
         "gradients": trainer.watch.gradients,

@@ -8,12 +8,30 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from peft import LoHaConfig, LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer
+from flow_trl import (
+    DDPOConfig,
+    DDPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    TDPORConfig,
+    TDPORTrainer,
+    TPGRPOConfig,
+    TPGRPOTrainer,
+)
 from flow_trl.utils import MissingExtraError
 from tests import pipelines
 
@@ -116,6 +134,35 @@ CONFIGS = [
     ({"pipeline_kwargs": {"guidance_scale": 5.0}}, "pipeline_kwargs", "arguments of the same name"),
     ({"pipeline_kwargs": {"negative_prompt": "dark"}}, "pipeline_kwargs", "move ['negative_prompt'] out of it"),
 ]
+DDPO_CONFIGS = [
+    ({"eta": 0}, "eta", "in (0, 1]; 1 is usual"),
+    ({"eta": -0.5}, "eta", "in (0, 1]"),
+    ({"eta": 1.5}, "eta", "in (0, 1]"),
+    ({"eta": math.nan}, "eta", "in (0, 1]"),
+    ({"train_timestep_fraction": 0}, "train_timestep_fraction", "in (0, 1]"),
+    ({"train_timestep_fraction": 1.5}, "train_timestep_fraction", "in (0, 1]"),
+    ({"per_prompt_stat_tracking_buffer_size": 0}, "per_prompt_stat_tracking_buffer_size", "at least 1"),
+    ({"per_prompt_stat_tracking_min_count": 0}, "per_prompt_stat_tracking_min_count", "from 1 to"),
+    (
+        {"per_prompt_stat_tracking_min_count": 9, "per_prompt_stat_tracking_buffer_size": 8},
+        "per_prompt_stat_tracking_min_count",
+        "from 1 to `per_prompt_stat_tracking_buffer_size=8`",
+    ),
+    ({"num_generations": 0}, "num_generations", "at least 1"),
+    ({"epsilon": 0}, "epsilon", "1e-4 (diffusion)"),
+]
+TDPO_R_CONFIGS = [
+    ({"gamma": -0.1}, "gamma", "in [0, 1]; 1 does not discount"),
+    ({"gamma": 1.1}, "gamma", "in [0, 1]"),
+    ({"critic_learning_rate": 0}, "critic_learning_rate", "above 0; 1e-4"),
+    ({"critic_learning_rate": math.inf}, "critic_learning_rate", "above 0"),
+    ({"cliprange_value": 0}, "cliprange_value", "above 0; 0.2 is usual"),
+    ({"reset_neurons": "some"}, "reset_neurons", "('active', 'dormant', 'all', 'none')"),
+    ({"reset_every": 0}, "reset_every", "at least 1; `reset_neurons='none'` switches"),
+    ({"dormant_threshold": -0.1}, "dormant_threshold", "at least 0"),
+    ({"dormant_threshold": math.inf}, "dormant_threshold", "at least 0"),
+    ({"gradient_accumulation_steps": 6}, "gradient_accumulation_steps", "make it 4 = 4 micro-batches of images * 1"),
+]
 TYPES = [
     ({"noise_level": "0.7"}, "`float`"),
     ({"learning_rate": "1e-4"}, "`float`"),
@@ -144,6 +191,21 @@ def case_ids(cases):
 def test_config_value(tmp_path, arguments, name, remedy):
     with pytest.raises(ValueError) as info:
         config(tmp_path, **arguments)
+    names(info.value, f"`{name}={arguments[name]!r}`", remedy)
+
+
+@pytest.mark.parametrize("config_class", [DDPOConfig, TDPORConfig])
+@pytest.mark.parametrize("arguments, name, remedy", DDPO_CONFIGS, ids=case_ids(DDPO_CONFIGS))
+def test_ddpo_config_value(tmp_path, config_class, arguments, name, remedy):
+    with pytest.raises(ValueError) as info:
+        config(tmp_path, config_class, **arguments)
+    names(info.value, f"`{name}={arguments[name]!r}`", remedy)
+
+
+@pytest.mark.parametrize("arguments, name, remedy", TDPO_R_CONFIGS, ids=case_ids(TDPO_R_CONFIGS))
+def test_tdpo_r_config_value(tmp_path, arguments, name, remedy):
+    with pytest.raises(ValueError) as info:
+        config(tmp_path, TDPORConfig, **arguments)
     names(info.value, f"`{name}={arguments[name]!r}`", remedy)
 
 
@@ -289,7 +351,11 @@ TRAINERS = {
     "diffusion pipeline": (
         {"model": pipelines.stable_diffusion},
         ValueError,
-        ["`model` has the scheduler DDIMScheduler", "FlowMatchEulerDiscreteScheduler.from_config"],
+        [
+            "`model` has the scheduler DDIMScheduler",
+            "FlowMatchEulerDiscreteScheduler.from_config",
+            "DDPOTrainer or TDPORTrainer",
+        ],
     ),
     "multi-step scheduler": (
         {"model": unipc},
@@ -385,6 +451,240 @@ def test_trainer(tmp_path, monkeypatch, evaluations, case):
         trainer(tmp_path, **arguments)
     names(info.value, *words)
     assert not evaluations
+
+
+# The same for the trainers of diffusion pipelines
+
+
+class Encoder:
+    """Embeddings of images for a critic, as `returns` makes them of (B, 48) means of pixels."""
+
+    def __init__(self, image_size=16, returns=lambda embeddings: embeddings):
+        self.image_size, self.returns = image_size, returns
+
+    def __call__(self, images):
+        return self.returns(torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+
+
+class Judged:
+    """A reward that looks at images with an encoder."""
+
+    __name__ = "judged"
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def __call__(self, prompts, images, **columns):
+        return brightness(prompts, images)
+
+
+def tdpo_r(**arguments):
+    return lambda: config("out", TDPORConfig, **arguments)
+
+
+def ending_at_zero():
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
+    return pipe
+
+
+def edm():
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = EDMEulerScheduler()
+    return pipe
+
+
+def large_decoder():
+    pipelines.stable_diffusion().vae.save_pretrained("vae")
+    return config("out", TDPORConfig, critic_decoder="vae")
+
+
+def tiny_decoder():
+    """A folder with the decoder of another family."""
+    AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=16,
+    ).save_pretrained("decoder")
+    return config("out", TDPORConfig, critic_decoder="decoder")
+
+
+FLOW_PIPELINE = ["of a flow-matching pipeline", "with DDIM", "TPGRPOTrainer or FlowGRPOTrainer"]
+ONLY_ENCODER = ["`critic_encoder=", "must be a callable, and the only one", "`args.critic_encoder`"]
+EMBEDDINGS = ["`critic_encoder` made a tensor of shape", "finite embeddings, a tensor (B, d)"]
+DDIM_TRAINERS = {
+    "flow pipeline": (
+        {"model": lambda: pipelines.stable_diffusion_3(t5=False)},
+        ValueError,
+        ["`model` has the scheduler FlowMatchEulerDiscreteScheduler", "TDPORTrainer", *FLOW_PIPELINE],
+    ),
+    "flow pipeline for DDPO": (
+        {
+            "trainer_class": DDPOTrainer,
+            "model": lambda: pipelines.stable_diffusion_3(t5=False),
+            "args": lambda: config("out", DDPOConfig),
+        },
+        ValueError,
+        ["`model` has the scheduler FlowMatchEulerDiscreteScheduler", "DDPOTrainer", *FLOW_PIPELINE],
+    ),
+    "flow sigmas": ({"model": unipc}, ValueError, ["the scheduler UniPCMultistepScheduler", *FLOW_PIPELINE]),
+    "last timestep without noise": (
+        {"model": ending_at_zero},
+        ValueError,
+        [
+            "`num_inference_steps=3` makes the timesteps 666 to 0",
+            "a step from 0 has no noise",
+            "timestep_spacing='trailing'",
+        ],
+    ),
+    "last timestep without noise for DDPO": (
+        {"trainer_class": DDPOTrainer, "model": ending_at_zero, "args": lambda: config("out", DDPOConfig)},
+        ValueError,
+        ["`num_inference_steps=3` makes the timesteps 666 to 0", "timestep_spacing='trailing'"],
+    ),
+    "timesteps over the whole range": (
+        {"model": lambda: pipelines.stable_diffusion(timestep_spacing="linspace")},
+        ValueError,
+        ["makes the timesteps", "timestep_spacing='trailing'"],
+    ),
+    "more steps than the schedule has": (
+        {"args": tdpo_r(num_inference_steps=1000)},
+        ValueError,
+        ["`num_inference_steps=1000` makes the timesteps 1000 to 1", "to 999", "use fewer steps"],
+    ),
+    "scheduler without betas": (
+        {"model": edm},
+        ValueError,
+        ["`model` has the scheduler EDMEulerScheduler", "has no betas", "Stable Diffusion 1.x"],
+    ),
+    "autoencoder as decoder": (
+        {"args": large_decoder},
+        ValueError,
+        ["`critic_decoder='vae'`", "a model of another class", "'madebyollin/taesd'"],
+    ),
+    "no embedding": (
+        {"critic_encoder": Encoder(returns=lambda embeddings: None)},
+        ValueError,
+        ["`critic_encoder` made a NoneType", "finite embeddings"],
+    ),
+    "config of the parent": (
+        {"args": lambda: config("out", DDPOConfig)},
+        TypeError,
+        ["`args` must be a TDPORConfig, not DDPOConfig"],
+    ),
+    "config of a flow model": (
+        {"trainer_class": DDPOTrainer, "args": lambda: config("out", FlowGRPOConfig)},
+        TypeError,
+        ["`args` must be a DDPOConfig, not FlowGRPOConfig"],
+    ),
+    "encoder of other images than the reward's": (
+        {"reward_funcs": Judged(Encoder(224)), "critic_encoder": Encoder(336)},
+        ValueError,
+        ["`critic_encoder` takes images of 336 pixels", "the reward function sees images of 224", "Leave"],
+    ),
+    "encoder that cannot be called": ({"critic_encoder": 3}, ValueError, ["`critic_encoder=3`", *ONLY_ENCODER]),
+    "name as encoder": (
+        {"critic_encoder": "openai/clip-vit-large-patch14"},
+        ValueError,
+        ["`critic_encoder='openai/clip-vit-large-patch14'`", *ONLY_ENCODER],
+    ),
+    "two encoders": (
+        {"critic_encoder": Encoder(), "args": tdpo_r(critic_encoder="some/clip")},
+        ValueError,
+        ["now 'some/clip'", *ONLY_ENCODER],
+    ),
+    "encoder that cannot be loaded": (
+        {"critic_encoder": None, "args": tdpo_r(critic_encoder="/no/such/clip")},
+        ValueError,
+        ["/no/such/clip", "no CLIP can be loaded"],
+    ),
+    "one embedding for all images": (
+        {"critic_encoder": Encoder(returns=lambda embeddings: embeddings[0])},
+        ValueError,
+        ["shape (48,)", *EMBEDDINGS],
+    ),
+    "embeddings of pixels": (
+        {"critic_encoder": Encoder(returns=lambda embeddings: embeddings.unflatten(1, (3, 16)))},
+        ValueError,
+        ["shape (1, 3, 16)", *EMBEDDINGS],
+    ),
+    "embeddings that are not finite": (
+        {"critic_encoder": Encoder(returns=lambda embeddings: embeddings * math.nan)},
+        ValueError,
+        ["shape (1, 48)", *EMBEDDINGS],
+    ),
+    "decoder that does not exist": (
+        {"args": tdpo_r(critic_decoder="/no/such/decoder")},
+        ValueError,
+        ["`critic_decoder='/no/such/decoder'`", "'madebyollin/taesd'"],
+    ),
+    "decoder of another family": (
+        {"args": tiny_decoder},
+        ValueError,
+        ["`critic_decoder='decoder'` decodes latents of 16 channels", "of `model` have 4"],
+    ),
+    "unknown reward out of domain": (
+        {"args": tdpo_r(out_of_domain_rewards=["hps"])},
+        ValueError,
+        ["`out_of_domain_rewards=['hps']`", "neither a built-in reward", "`reward_funcs` (brightness)"],
+    ),
+    "all rewards out of domain": (
+        {"args": tdpo_r(out_of_domain_rewards=["brightness"])},
+        ValueError,
+        ["`out_of_domain_rewards=['brightness']` leaves none of `reward_funcs`", "pass one that is not"],
+    ),
+    "weight for a reward out of domain": (
+        {
+            "reward_funcs": [brightness, "jpeg_compressibility"],
+            "args": tdpo_r(out_of_domain_rewards=["jpeg_compressibility"], reward_weights=[1.0, 0.5]),
+        },
+        ValueError,
+        ["`reward_weights=[1.0, 0.5]` has 2 entries", "the 1 reward functions ['brightness']", "one weight for each"],
+    ),
+}
+
+
+def ddim_trainer(output_dir, trainer_class=TDPORTrainer, **arguments):
+    defaults = {
+        "model": pipelines.stable_diffusion,
+        "args": lambda: config(output_dir, TDPORConfig if trainer_class is TDPORTrainer else DDPOConfig),
+    }
+    if trainer_class is TDPORTrainer:
+        defaults["critic_encoder"] = Encoder()
+    return trainer(output_dir, trainer_class, **(defaults | arguments))
+
+
+@pytest.mark.parametrize("case", DDIM_TRAINERS)
+def test_ddim_trainer(tmp_path, monkeypatch, evaluations, case):
+    monkeypatch.chdir(tmp_path)
+    arguments, kind, words = DDIM_TRAINERS[case]
+    with pytest.raises(kind) as info:
+        ddim_trainer(tmp_path, **arguments)
+    names(info.value, *words)
+    assert not evaluations
+
+
+@pytest.mark.parametrize("trainer_class", [DDPOTrainer, TDPORTrainer])
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_of_diffusion_become_ddim(tmp_path, caplog, scheduler, trainer_class):
+    pipe = pipelines.stable_diffusion()
+    expected = pipe.scheduler
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    converted = ddim_trainer(tmp_path, trainer_class, model=pipe, peft_config=lora())
+    assert f"The scheduler of `model`, {scheduler.__name__}, is replaced" in caplog.text
+    for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset", "clip_sample", "set_alpha_to_one"):
+        assert converted.pipe.scheduler.config[name] == expected.config[name], name
+    start = {name: weight.clone() for name, weight in converted._trained.items()}
+    converted.train()
+    assert converted.state.global_step == 1
+    assert any(not torch.equal(weight, start[name]) for name, weight in converted._trained.items())
+
+
+def test_ddim_pipeline_is_taken_without_a_warning(tmp_path, caplog):
+    ddim_trainer(tmp_path, DDPOTrainer)
+    assert "replaced" not in caplog.text
 
 
 def test_flow_grpo_trainer_takes_the_config_of_a_child(tmp_path):
@@ -515,3 +815,36 @@ def test_the_last_checkpoint_survives_a_reward_function_that_breaks(tmp_path):
     resumed = run("interrupted", resume=True)
     assert (folder / "checkpoint-4").is_dir()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_conversion_to_ddim_does_not_clip_latents(tmp_path):
+    """A scheduler that was made by hand says nothing of clipping, and DDIM's default is to clip."""
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    config = ddim_trainer(tmp_path, DDPOTrainer, model=pipe).pipe.scheduler.config
+    assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
+    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("running_moments.json", ["has no file `running_moments.json`", "TDPORTrainer"]),
+        ("critic.safetensors", ["has no file `critic.safetensors`", "pass a `checkpoint-*` folder"]),
+        ("critic_training.safetensors", ["has no file `critic_training.safetensors`"]),
+        (None, ["a critic of embeddings of 48 numbers", "`critic_encoder` makes 24", "use the encoder"]),
+    ],
+)
+def test_resume_from_a_checkpoint_without_this_critic(tmp_path, file, words):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    ddim_trainer(tmp_path, args=lambda: config(tmp_path, TDPORConfig, **saving), peft_config=lora()).train()
+    if file is not None:
+        (tmp_path / "checkpoint-1" / file).unlink()
+    half = Encoder(returns=lambda embeddings: embeddings[:, :24])
+    args = config(tmp_path, TDPORConfig, max_steps=2)
+    with pytest.raises(ValueError) as info:
+        trainer = ddim_trainer(
+            tmp_path, args=lambda: args, peft_config=lora(), critic_encoder=Encoder() if file else half
+        )
+        trainer.train(resume_from_checkpoint=True)
+    names(info.value, *words)

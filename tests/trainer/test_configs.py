@@ -10,16 +10,17 @@ import pytest
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from flow_trl import FlowGRPOConfig, TPGRPOConfig
+from flow_trl import DDPOConfig, FlowGRPOConfig, TDPORConfig, TPGRPOConfig
 from flow_trl.trainer.diffusion_config import DiffusionConfig
 
 
-CONFIGS = [DiffusionConfig, FlowGRPOConfig, TPGRPOConfig]
-PUBLIC = [FlowGRPOConfig, TPGRPOConfig]
+CONFIGS = [DiffusionConfig, FlowGRPOConfig, TPGRPOConfig, DDPOConfig, TDPORConfig]
+DDIM = [DDPOConfig, TDPORConfig]
+PUBLIC = [FlowGRPOConfig, TPGRPOConfig, *DDIM]
 
 # For each field what is written on the command line, and what it means; all differ from the defaults.
 COMMAND_LINE = {
-    "learning_rate": ("1e-4", 1e-4),
+    "learning_rate": ("2e-4", 2e-4),
     "lr_scheduler_type": ("cosine", "cosine"),
     "logging_steps": ("5", 5.0),
     "gradient_accumulation_steps": ("6", 6),  # 12 images / (2 per micro-batch * 3 updates) * 3 steps
@@ -39,11 +40,12 @@ COMMAND_LINE = {
     "updates_per_generation": ("3", 3),
     "num_iterations": ("2", 2),
     "shuffle_dataset": ("false", False),
-    "epsilon": ("1e-4", 1e-4),
+    "epsilon": ("1e-3", 1e-3),
     "beta": ("0.01", 0.01),
     "adv_clip_max": ("3", 3.0),
     "reward_weights": ("1 -0.5", [1.0, -0.5]),
-    "ema_decay": ("0", 0.0),
+    "out_of_domain_rewards": ("ocr scene", ["ocr", "scene"]),
+    "ema_decay": ("0.5", 0.5),
     "ema_update_steps": ("2", 2),
     "eval_num_inference_steps": ("20", 20),
     "eval_guidance_scale": ("1", 1.0),
@@ -56,7 +58,29 @@ COMMAND_LINE = {
     "scale_rewards": ("none", "none"),
     "credit": ("turning_point", "turning_point"),
     "completion_stride": ("2", 2),
+    "eta": ("0.5", 0.5),
+    "train_timestep_fraction": ("0.375", 0.375),  # 3 of 8 steps
+    "per_prompt_stat_tracking_buffer_size": ("16", 16),
+    "per_prompt_stat_tracking_min_count": ("4", 4),
+    "gamma": ("0.9", 0.9),
+    "use_critic": ("false", False),
+    "critic_encoder": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+    "critic_decoder": ("madebyollin/taesd", "madebyollin/taesd"),
+    "critic_learning_rate": ("1e-3", 1e-3),
+    "cliprange_value": ("0.1", 0.1),
+    "reset_neurons": ("dormant", "dormant"),
+    "reset_every": ("5", 5),
+    "dormant_threshold": ("0.025", 0.025),
 }
+
+# An update of TDPO-R trains one step of its images.
+DIFFERENT = {TDPORConfig: {"gradient_accumulation_steps": ("2", 2)}}
+
+
+def given(config_class: type) -> dict[str, tuple[str, object]]:
+    """What the command line gives a class, and what it means."""
+    table = COMMAND_LINE | DIFFERENT.get(config_class, {})
+    return {name: table[name] for name in fields_of(config_class)}
 
 
 def declared(config_class: type) -> list[str]:
@@ -101,6 +125,23 @@ def test_defaults_are_the_papers():
     assert (config.credit, config.completion_stride) == ("consistent", 1)
 
 
+def test_defaults_of_ddim_trainers_are_the_papers():
+    for config in (DDPOConfig("out"), TDPORConfig("out")):
+        assert (config.num_inference_steps, config.eval_num_inference_steps) == (50, 50)
+        assert (config.guidance_scale, config.eval_guidance_scale, config.eta) == (5.0, None, 1.0)
+        assert (config.learning_rate, config.epsilon, config.beta, config.adv_clip_max) == (1e-4, 1e-4, 0.0, 5.0)
+        assert (config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count) == (32, 16)
+        assert (config.max_grad_norm, config.ema_decay, config.num_iterations) == (1.0, 0.0, 1)
+        assert (config.num_generations, config.generation_batch_size) == (8, 256)
+        assert config.num_trained_steps == 50
+    assert DDPOConfig("out").gradient_accumulation_steps == 256 // (8 * 2) * 50
+    assert config.gradient_accumulation_steps == 256 // 8  # each sweep has an update of its own
+    assert (config.updates_per_generation, config.num_sweeps, config.gamma) == (1, 50, 1.0)
+    assert (config.use_critic, config.critic_learning_rate, config.cliprange_value) == (True, 1e-4, 0.2)
+    assert (config.reset_neurons, config.reset_every, config.dormant_threshold) == ("active", 10, 0.0)
+    assert (config.critic_encoder, config.critic_decoder) == (None, None)
+
+
 @pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
 @pytest.mark.parametrize("config_class", PUBLIC)
 class TestCommandLine:
@@ -109,19 +150,13 @@ class TestCommandLine:
         return config
 
     def test_every_field(self, parser_class, config_class):
-        names = fields_of(config_class)
-        arguments = [part for name in names for part in (f"--{name}", *self.words(name))]
-        config = self.parse(parser_class, config_class, "--per_device_train_batch_size", "2", "--use_cpu", *arguments)
-        default = config_class("out")
-        for name in names:
-            value = getattr(config, name)
-            assert value == COMMAND_LINE[name][1] and type(value) is not str or isinstance(value, str), name
+        arguments = ["--per_device_train_batch_size", "2", "--use_cpu"]
+        for name, (text, value) in given(config_class).items():
+            arguments += [f"--{name}", *(text.split() if isinstance(value, list) else [text])]
+        config, default = self.parse(parser_class, config_class, *arguments), config_class("out")
+        for name, (_, value) in given(config_class).items():
+            assert getattr(config, name) == value, name
             assert value != getattr(default, name), name
-
-    @staticmethod
-    def words(name):
-        text, value = COMMAND_LINE[name]
-        return text.split() if isinstance(value, list) else [text]
 
     def test_nothing_given(self, parser_class, config_class):
         config, default = self.parse(parser_class, config_class), config_class("out")
@@ -134,14 +169,26 @@ class TestCommandLine:
         assert info.value.code == 0
         assert all(f"--{name} " in text for name in fields_of(config_class))
 
-    def test_unknown_choice(self, parser_class, config_class, capsys):
-        with pytest.raises(SystemExit):
-            self.parse(parser_class, config_class, "--sde_type", "ode")
-        assert "choose from" in capsys.readouterr().err
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize(
+    "config_class, name",
+    [
+        (FlowGRPOConfig, "sde_type"),
+        (TPGRPOConfig, "sde_type"),
+        (TPGRPOConfig, "credit"),
+        (TDPORConfig, "reset_neurons"),
+    ],
+)
+def test_unknown_choice(parser_class, config_class, name, capsys):
+    with pytest.raises(SystemExit):
+        parser_class(config_class).parse_args_into_dataclasses(["--output_dir", "out", f"--{name}", "other"])
+    error = capsys.readouterr().err
+    assert f"--{name}" in error and "choose from" in error
 
 
 def test_the_command_line_table_is_complete():
-    assert set(COMMAND_LINE) == set(fields_of(TPGRPOConfig))
+    assert set(COMMAND_LINE) == {name for config_class in PUBLIC for name in fields_of(config_class)}
 
 
 def test_yaml(tmp_path):
@@ -190,6 +237,26 @@ def test_accumulation_follows_from_the_batch_sizes(arguments, accumulation):
     assert TPGRPOConfig("out", **arguments).gradient_accumulation_steps == accumulation
 
 
+@pytest.mark.parametrize(
+    "arguments, images, steps",
+    [
+        ({}, 32, 50),
+        ({"num_inference_steps": 20}, 32, 20),
+        ({"train_timestep_fraction": 0.5}, 32, 25),
+        ({"num_inference_steps": 3, "train_timestep_fraction": 0.01}, 32, 1),
+        ({"updates_per_generation": 4}, 8, 50),
+        ({"per_device_train_batch_size": 16}, 16, 50),
+        ({"num_iterations": 3}, 32, 50),
+    ],
+)
+def test_sweeps_have_updates_of_their_own(arguments, images, steps):
+    arguments = {"updates_per_generation": 1} | arguments
+    ddpo, tdpo_r = (config_class("out", **arguments) for config_class in DDIM)
+    assert (ddpo.gradient_accumulation_steps, ddpo.num_sweeps) == (images * steps, 1)
+    assert (tdpo_r.gradient_accumulation_steps, tdpo_r.num_sweeps) == (images, steps)
+    assert ddpo.num_trained_steps == tdpo_r.num_trained_steps == steps
+
+
 def test_accumulation_on_two_processes(monkeypatch):
     config = TPGRPOConfig("out")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -207,16 +274,19 @@ def test_json():
     assert loaded == json.loads(json.dumps(config.to_dict()))
     assert loaded["pipeline_kwargs"] == {"height": 512} and loaded["sde_window_range"] == [1, 4]
     assert all(loaded[name] == getattr(config, name) for name in fields_of(TPGRPOConfig))
+    config = TDPORConfig("out", out_of_domain_rewards=["ocr"], critic_decoder="madebyollin/taesd")
+    loaded = json.loads(config.to_json_string())
+    assert all(loaded[name] == getattr(config, name) for name in fields_of(TDPORConfig))
 
 
 @pytest.mark.parametrize("config_class", PUBLIC)
 def test_copies(config_class):
-    config = config_class("out", noise_level=0.5, pipeline_kwargs={"height": 512})
+    config = config_class("out", epsilon=0.5, pipeline_kwargs={"height": 512})
     assert pickle.loads(pickle.dumps(config)) == config
     again = dataclasses.replace(config)
-    changed = dataclasses.replace(config, noise_level=0.9, seed=7)
+    changed = dataclasses.replace(config, epsilon=0.9, seed=7)
     assert all(getattr(again, name) == getattr(config, name) for name in fields_of(config_class))
-    assert (changed.noise_level, changed.seed, changed.pipeline_kwargs) == (0.9, 7, {"height": 512})
+    assert (changed.epsilon, changed.seed, changed.pipeline_kwargs) == (0.9, 7, {"height": 512})
 
 
 def test_a_copy_with_other_batch_sizes_says_what_to_do():

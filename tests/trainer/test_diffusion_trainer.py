@@ -31,13 +31,10 @@ from tests.trainer.runs import (
     logged,
     make_trainer,
     prompts,
+    relative,
     run,
     weights,
 )
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def flat(path):
@@ -574,7 +571,7 @@ def test_rewards_are_weighted(tmp_path):
     )
     kept = []
     advantages = trainer._advantages
-    trainer._advantages = lambda rewards: kept.append(rewards) or advantages(rewards)
+    trainer._advantages = lambda rewards, *rest: kept.append(rewards) or advantages(rewards, *rest)
     trainer.train()
     reds = np.stack([red(None, images) for images in recorder.images])
     np.testing.assert_allclose(kept[0].T, 2 * np.stack(recorder.rewards) - reds + 1.5, atol=1e-6)
