@@ -160,6 +160,7 @@ def train(arguments: ScriptArguments, args: BlockwiseGRPOConfig) -> BlockwiseGRP
     trainer = make_trainer(arguments, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
     print("\n| update |" + "".join(f" {name:<11} |" for name in COLUMNS.values()))
     print("| ------ |" + f" {'-' * 11} |" * len(COLUMNS))
     for row in trainer.state.log_history:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flow_trl.tiny import load_flow_pipeline, load_language_model
+from flow_trl.tiny import load_diffusion_pipeline, load_flow_pipeline, load_language_model
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -37,6 +37,44 @@ def test_tp_grpo(tmp_path, task):
     card = ModelCard.load(tmp_path / "README.md")
     assert "load_flow_pipeline()" in card.text and card.data.base_model is None
     load_flow_pipeline().load_lora_weights(tmp_path)
+
+
+def test_tdpo_r_and_its_comparison(tmp_path):
+    small = ["--eval_size", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "8"]
+    small += ["--num_inference_steps", "2", "--eval_num_inference_steps", "2", "--max_steps", "4", "--eval_steps", "2"]
+    for method in ("tdpo_r", "tdpo", "ddpo"):
+        folder = tmp_path / f"{method}-42"
+        updates = ["--updates_per_generation", "2" if method == "ddpo" else "1"]
+        rows = rows_of(run("tdpo_r.py", "--method", method, "--output_dir", str(folder), *small, *updates))
+        names = ["jpeg_compressibility", "clip_score", "scene", "scene_strict"]
+        assert [name for name in rows if name != "reward" and not name.startswith("-")] == names
+        for name in names:
+            before, after, change, _ = map(float, rows[name])
+            assert after - before == pytest.approx(change, abs=2e-3)
+        for name in ("before_after.png", "learning_curve.png", "over_optimization.png"):
+            assert Image.open(folder / name).width > 500
+        assert (folder / "critic.safetensors").is_file() == (method != "ddpo")
+        card = ModelCard.load(folder / "README.md").text
+        assert "load_diffusion_pipeline()" in card and ("2305.13301" in card) == (method == "ddpo")
+        assert ("| reset_neurons | none |" in card) == (method == "tdpo")
+        load_diffusion_pipeline().load_lora_weights(folder)
+    folders = [str(tmp_path / f"{method}-42") for method in ("ddpo", "tdpo", "tdpo_r")]
+    matched = ["--matched_score", "-2"]  # below all, so that no run may have started there
+    for arguments in ([], matched):
+        output = run("benchmarks/over_optimization.py", "--runs", *folders, "--output_dir", str(tmp_path), *arguments)
+        rows = rows_of(output)
+        assert list(rows)[-3:] == ["ddpo", "tdpo", "tdpo_r"]
+        assert all(len(rows[method]) == 4 for method in ("ddpo", "tdpo", "tdpo_r"))
+    assert "nan" in rows["ddpo"][1]
+    assert Image.open(tmp_path / "over_optimization.png").width > 500
+
+
+def test_critic_inputs_benchmark():
+    output = run("benchmarks/critic_inputs.py", "--num_images", "4", "--num_inference_steps", "2", "--repeats", "1")
+    rows = rows_of(output)
+    assert rows["paper's order"][1] == "1.00" and float(rows["flow_trl"][1]) > 1
+    differences = [float(line.split(": ")[1].split()[0]) for line in output.splitlines() if "difference" in line]
+    assert len(differences) == 2 and max(differences) < 1e-4
 
 
 def rows_of(output):
@@ -82,6 +120,10 @@ def test_blockwise_two_attempts(tmp_path, method):
     "script, names",
     [
         ("tp_grpo.py", ["--model_name_or_path", "--lora_rank", "--credit", "--sde_window_size", "--learning_rate"]),
+        (
+            "tdpo_r.py",
+            ["--method", "--reset_neurons", "--critic_encoder", "--out_of_domain_rewards", "--stop_after_fall"],
+        ),
         ("blockwise_grpo.py", ["--model_name_or_path", "--method", "--baseline", "--use_vllm", "--learning_rate"]),
     ],
 )
