@@ -99,6 +99,8 @@ def test_training(script, folder, tmp_path, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
 
+    assert "2602.10231" in (tmp_path / "README.md").read_text()
+
     # A new LoRA's second matrices are zero.
     saved = load_file(tmp_path / "adapter_model.safetensors")
     second = [weight for name, weight in saved.items() if "lora_B" in name]

@@ -15,10 +15,19 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser
+from transformers import CLIPTextModel, HfArgumentParser
 
 from . import DIFFUSION_FOLDER, FLOW_FOLDER, load_diffusion_pipeline
-from .build_flow import NUM_TOKENS, WIDTH, encode, evaluate, make_data, make_tokenizer, print_figures, train_denoiser
+from .build_flow import (
+    WIDTH,
+    encode,
+    evaluate,
+    make_data,
+    make_text_config,
+    make_tokenizer,
+    print_figures,
+    train_denoiser,
+)
 
 
 @dataclass
@@ -60,19 +69,7 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
     ```
     """
     tokenizer = make_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH * 2,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=NUM_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(make_text_config(tokenizer, hidden_size=WIDTH))
     unet = UNet2DConditionModel(
         sample_size=4,
         in_channels=8,

@@ -161,14 +161,13 @@ def make_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """A pipeline with an untrained transformer and text encoders around a trained autoencoder."""
-    tokenizer = make_tokenizer()
-    config = CLIPTextConfig(
+def make_text_config(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextConfig:
+    """A text encoder of two layers for the tiny world's prompts."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH // 2,
+        hidden_size=hidden_size,
         intermediate_size=WIDTH * 2,
-        projection_dim=WIDTH // 2,
+        projection_dim=hidden_size,
         num_hidden_layers=2,
         num_attention_heads=3,
         max_position_embeddings=NUM_TOKENS,
@@ -176,6 +175,12 @@ def _make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """A pipeline with an untrained transformer and text encoders around a trained autoencoder."""
+    tokenizer = make_tokenizer()
+    config = make_text_config(tokenizer, hidden_size=WIDTH // 2)
     transformer = SD3Transformer2DModel(
         sample_size=4,
         patch_size=1,
