@@ -6,7 +6,7 @@ from torch import nn
 
 class TemporalCritic(nn.Module):
     """
-    Head of the temporal critic (TDPO-R, [openreview](https://openreview.net/forum?id=v2o9rRJcEv)): linear layers without
+    Head of the temporal critic ([TDPO-R](https://huggingface.co/papers/2402.08552)): linear layers without
     activations on an image embedding of a decoded latent.
 
     Weights are drawn from a normal distribution with standard deviation `1 / (embedding_dim + 1)`; biases are 0.
@@ -137,7 +137,7 @@ def reset_neurons(
     generator: torch.Generator | None = None,
 ) -> None:
     """
-    Draws the weights of chosen neurons anew (TDPO-R, [openreview](https://openreview.net/forum?id=v2o9rRJcEv)).
+    Draws the weights of chosen neurons anew ([TDPO-R](https://huggingface.co/papers/2402.08552)).
 
     Incoming and outgoing weights of a neuron are drawn from the critic's initial distribution, its bias becomes 0, and
     so do the entries of both moments that Adam keeps for them.
