@@ -93,7 +93,7 @@ def temporal_advantages(
     rewards: torch.Tensor, values: torch.Tensor, *, gamma: float = 1.0, step_penalties: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Advantages of denoising steps against a critic of their latents 
+    Advantages of denoising steps against a critic of their latents
     ([TDPO](https://huggingface.co/papers/2402.08552)).
 
     The return of step t and its advantage, whitened over all N trajectories and T steps, are
