@@ -22,7 +22,7 @@ A real model on GPUs (see examples/README.md for the paper's settings):
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
@@ -109,7 +109,7 @@ TINY_DDPO = {"per_device_train_batch_size": 16, "updates_per_generation": 8, "ma
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
-    """Training and held-out prompts; a small set of prompts is both."""
+    """Training and held-out prompts."""
     name, size = arguments.dataset_name, arguments.eval_size
     if name is None:
         data = {split: tiny.load_prompts("scenes", split) for split in ("train", "test")}
@@ -119,9 +119,9 @@ def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
         data = load_dataset("json", data_files=name)
     else:
         data = load_dataset(name)
-    data = DatasetDict(data)
-    test = data["test"] if "test" in data else data["train"]
-    return data["train"], test.select(range(min(size, len(test))))
+    if "test" not in data:
+        data = data["train"].train_test_split(test_size=max(1, min(size, len(data["train"]) // 10)), seed=0)
+    return data["train"], data["test"].select(range(min(size, len(data["test"]))))
 
 
 def main() -> None:
@@ -129,7 +129,9 @@ def main() -> None:
     arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
     is_ddpo, is_tiny = arguments.method == "ddpo", arguments.model_name_or_path is None
     parser = TrlParser((ScriptArguments, DDPOConfig if is_ddpo else TDPORConfig))
-    parser.set_defaults(output_dir=f"outputs/{arguments.method}", eval_on_start=True, eval_strategy="steps")
+    parser.set_defaults(
+        output_dir=f"outputs/{arguments.method}", eval_on_start=True, eval_strategy="steps", eval_steps=500
+    )
     if arguments.method == "tdpo":
         parser.set_defaults(reset_neurons="none")
     if is_tiny:
@@ -138,8 +140,9 @@ def main() -> None:
 
     train_dataset, eval_dataset = load_prompts(arguments)
     reward_funcs = arguments.reward_funcs or ["jpeg_compressibility" if is_tiny else "aesthetic"]
-    if is_tiny:
-        reward_funcs = [*reward_funcs, ClipScore(*tiny.load_clip())]
+    if is_tiny and "clip_score" in [*reward_funcs, *(args.out_of_domain_rewards or [])]:
+        others = [name for name in reward_funcs if name != "clip_score"]
+        reward_funcs = [*others, ClipScore(*tiny.load_clip())]
     peft_config = None
     if arguments.lora_rank:
         peft_config = LoraConfig(
@@ -161,9 +164,8 @@ def main() -> None:
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry][
-        -1
-    ] < trainer.state.global_step:
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    if evaluated[-1:] != [trainer.state.global_step]:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

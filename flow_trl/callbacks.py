@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -326,7 +327,7 @@ class OverOptimizationCallback(TrainerCallback):
 
     \\( (b - \text{now}) / |b| \\), logged as `eval_over_optimization/<name>`; 0 where b is 0.
 
-    The best evaluation is taken from `state.log_history`, so a resumed run goes on with it. A share has little meaning
+    It watches a single `eval_dataset`, not a dict of them. The best evaluation is taken from `state.log_history`, so a resumed run goes on with it. A share has little meaning
     for a reward whose values are around 0 (ImageReward's, for example): look at the picture for those.
 
     The metrics are what `trainer.evaluate` returns and what `state.log_history` holds. Trackers do not get the shares:
@@ -363,7 +364,11 @@ class OverOptimizationCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         names = self._names(args)
-        if "eval_reward" not in metrics:  # one of several data sets, which have prefixes of their own
+        if "eval_reward" not in metrics:
+            warnings.warn(
+                "`eval_dataset` is a dict, whose evaluations `OverOptimizationCallback` does not watch: pass one data set.",
+                stacklevel=2,
+            )
             return
         evaluations = [entry for entry in state.log_history if "eval_reward" in entry]
         now = evaluations[-1]

@@ -177,7 +177,8 @@ class PipelinePolicy:
 
     No denoising loop is copied: each method runs the pipeline's **own** `__call__` on a shallow copy of the pipeline
     whose scheduler is a stand-in, and takes what it needs when the pipeline calls `scheduler.step`. Guidance, packing,
-    shifts, embeddings and decoding are therefore the pipeline's, in sampling and in training alike.
+    shifts, embeddings and decoding are therefore the pipeline's, in sampling and in training alike. (A safety checker, as
+    Stable Diffusion 1.x has one, is left out.)
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]):
@@ -401,7 +402,9 @@ class PipelinePolicy:
         vae = getattr(self.pipe, "vae", None)
         schedule = Schedule(torch.zeros(1, device=self.device), torch.zeros(2))
         stand_in = _StandIn(
-            self.pipe.scheduler, schedule, hand_back=latents.to(self.device, vae.dtype if vae else latents.dtype)
+            self.pipe.scheduler,
+            schedule,
+            hand_back=latents.to(vae.device, vae.dtype) if vae else latents.to(self.device),
         )
         output = self._call(
             stand_in, _no_evaluation, conditioning, num_inference_steps=1, latents=latents, output_type=output_type
@@ -416,6 +419,7 @@ class PipelinePolicy:
             {
                 "scheduler": stand_in,
                 self.denoiser_name: _Denoiser(self.denoiser, forward),
+                "safety_checker": None,  # it would black out what the policy made, noisy latents above all
                 "_progress_bar_config": {"disable": True},
             }
         )

@@ -24,6 +24,9 @@ class ClipEncoder:
     """
     Embeds images with a frozen CLIP (https://huggingface.co/papers/2103.00020).
 
+    Called with tensors, it prepares them on the model's device as the processor would. Rewards embed PIL images by the
+    processor itself, so the two differ a little where images are resized.
+
     Args:
         model (`str`, `Path` or `transformers.CLIPModel`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or folder of a CLIP, which is loaded in float32, or the model itself, which is put in evaluation

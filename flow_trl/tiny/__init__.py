@@ -27,7 +27,7 @@ def load_prompts(name: str, split: str = "train"):
     """
     Makes the prompts of a task of the tiny world; the same ones every time.
 
-    Train and test share no prompt. The shipped flow model was trained on train prompts alone, the language model on
+    Train and test share no prompt. The shipped image models and CLIP were trained on train prompts alone, the language model on
     problems drawn at random, never on one of test.
 
     Args:

@@ -27,7 +27,11 @@ class DDPOTrainer(DiffusionTrainer):
     (DDIM with noise), and each of them gets the final image's reward, normalised by the last rewards of its prompt.
 
     Takes the arguments of [`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`], with a [`DDPOConfig`]. A scheduler
-    that is not DDIM is replaced by one with the same noise schedule, with a warning.
+    that is not DDIM is replaced, on the given pipeline, by one with the same noise schedule, with a warning.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot work, such as a flow-matching pipeline, before anything is
+            sampled.
 
     Example:
 

@@ -32,7 +32,8 @@ class DiffusionConfig(TrainingArguments):
     Arguments shared by [`FlowGRPOConfig`], [`DDPOConfig`] and their relatives; not used by itself.
 
     Only the arguments that differ from [`~transformers.TrainingArguments`] are listed. A *generation* is one round of
-    sampling and scoring; `updates_per_generation * num_iterations` optimizer updates follow it. A micro-batch is
+    sampling and scoring; `updates_per_generation * num_iterations` optimizer updates follow it (per sweep, in
+    [`TDPORConfig`]). A micro-batch is
     `per_device_train_batch_size` images at one denoising step.
 
     Args:

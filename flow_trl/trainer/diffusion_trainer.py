@@ -425,6 +425,7 @@ class DiffusionTrainer(Trainer):
 
     def _generate(self, step: int) -> None:
         """Samples and scores a generation, and sets what the updates need of it."""
+        self._generation = None  # its memory is needed
         args, rank = self.args, self.accelerator.process_index
         all_rows = self._rows(step)
         size = len(all_rows) // self.accelerator.num_processes
@@ -453,6 +454,7 @@ class DiffusionTrainer(Trainer):
                 batch_size=args.per_device_rollout_batch_size,
                 callback=lambda _: bar.update(),
             )
+        evaluations = self.policy.evaluations - evaluations
         images = self._decode(
             self.policy,
             trajectory.finals.flatten(0, 1),
@@ -507,8 +509,8 @@ class DiffusionTrainer(Trainer):
             {
                 "reward": rewards[:, -1].mean().item(),
                 "reward_std": groups.std(dim=1).mean().item(),
-                "frac_reward_zero_std": 1 - active.float().mean().item(),
-                "nfe": (self.policy.evaluations - evaluations) / size,
+                "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
+                "nfe": evaluations / size,
                 "reward_calls": len(trajectory.finals),
                 "time/rollout": sampled - started,
                 "time/reward": rewarded - sampled,
@@ -664,9 +666,9 @@ class DiffusionTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Samples one image per prompt, deterministically (by the ODE of a flow model, by DDIM with `eta` of 0), with `eval_num_inference_steps`, `eval_guidance_scale`, the averaged
-        weights and noise that depends on the prompt's row alone (the same in every evaluation of every run), and
-        scores it.
+        Samples one image per prompt, deterministically (by the ODE of a flow model, by DDIM with `eta` of 0), with
+        `eval_num_inference_steps`, `eval_guidance_scale`, the averaged weights and noise that depends on the prompt's row
+        alone (the same in every evaluation of every run), and scores it.
 
         Args:
             eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):

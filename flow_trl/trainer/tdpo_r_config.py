@@ -14,6 +14,8 @@ class TDPORConfig(DDPOConfig):
 
     Only the arguments that differ from [`DDPOConfig`] are listed. A pass over a generation takes T *sweeps*: each image
     is trained at one step of its trajectory in each, and `updates_per_generation` optimizer updates follow per sweep.
+    Checkpoints are smaller at the end of a generation, where they need not keep its latents: let `save_steps` be a
+    multiple of `updates_per_generation` times T.
 
     Args:
         updates_per_generation (`int`, *optional*, defaults to `1`):
@@ -68,6 +70,9 @@ class TDPORConfig(DDPOConfig):
             "critic_learning_rate", 0 < self.critic_learning_rate < math.inf, "it must be above 0; 1e-4 is the paper's"
         )
         self._check("cliprange_value", self.cliprange_value > 0, "it must be above 0; 0.2 is usual")
+        for name, unused in (("gamma", 1.0), ("critic_encoder", None), ("critic_decoder", None)):
+            unused = self.use_critic or getattr(self, name) == unused
+            self._check(name, unused, "it has a meaning only with `use_critic=True`")
         choices = ("active", "dormant", "all", "none")
         self._check("reset_neurons", self.reset_neurons in choices, f"choose one of {choices}")
         self._check(

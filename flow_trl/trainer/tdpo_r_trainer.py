@@ -65,7 +65,6 @@ class TDPORTrainer(DDPOTrainer):
     ```
     """
 
-    _name = "TDPO-R"
     _paper = {
         "title": "Confronting Reward Overoptimization for Diffusion Models: A Perspective of Inductive and Primacy Biases",
         "id": "2402.08552",
@@ -73,6 +72,8 @@ class TDPORTrainer(DDPOTrainer):
     _card_arguments = DDPOTrainer._card_arguments + [
         "gamma",
         "use_critic",
+        "critic_encoder",
+        "critic_decoder",
         "critic_learning_rate",
         "cliprange_value",
         "reset_neurons",
@@ -80,13 +81,23 @@ class TDPORTrainer(DDPOTrainer):
         "dormant_threshold",
     ]
 
-    _card_note = (
-        "`critic.safetensors` is the head of the temporal critic (`flow_trl.critic.TemporalCritic`), for further training; "
-        "images do not need it."
-    )
-
     _config_class = TDPORConfig
     args: TDPORConfig
+
+    @property
+    def _name(self) -> str:
+        if not self.args.use_critic:
+            return "DDPO"
+        return "TDPO" if self.args.reset_neurons == "none" else "TDPO-R"
+
+    @property
+    def _card_note(self) -> str | None:
+        if not self.args.use_critic:
+            return None
+        return (
+            "`critic.safetensors` is the head of the temporal critic (`flow_trl.critic.TemporalCritic`), for further "
+            "training; images do not need it."
+        )
 
     def __init__(self, *args, critic_encoder: Callable[[torch.Tensor], torch.Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -120,15 +131,19 @@ class TDPORTrainer(DDPOTrainer):
                 f"`critic_decoder={self.args.critic_decoder!r}` decodes latents of {decoder.config.latent_channels} "
                 f"channels, those of `model` have {channels}: pass the decoder of this family."
             )
-        pipe = copy.copy(self.pipe)
-        pipe.__dict__["vae"] = decoder.to(self.accelerator.device).requires_grad_(False).eval()
-        return PipelinePolicy(pipe, **(self.args.pipeline_kwargs or {}))
+        policy = copy.copy(self.policy)
+        policy.pipe = copy.copy(self.pipe)
+        policy.pipe.__dict__["vae"] = decoder.to(self.accelerator.device).requires_grad_(False).eval()
+        return policy
 
     def _choose_encoder(self, given: Callable | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        if given is not None and (self.args.critic_encoder is not None or not callable(given)):
+        if given is not None and not callable(given):
             raise ValueError(
-                f"`critic_encoder={given!r}` must be a callable, and the only one: set it or "
-                f"`args.critic_encoder` (now {self.args.critic_encoder!r})."
+                f"`critic_encoder={given!r}` is not callable: pass a function of images, or a name as `args.critic_encoder`."
+            )
+        if given is not None and self.args.critic_encoder is not None:
+            raise ValueError(
+                f"`critic_encoder` and `args.critic_encoder={self.args.critic_encoder!r}` are both given: leave one out."
             )
         trained = [self.reward_funcs[f] for f in self.reward_weights.nonzero().flatten().tolist()]
         encoders = [reward.encoder for reward in trained if hasattr(reward, "encoder")]
@@ -174,14 +189,13 @@ class TDPORTrainer(DDPOTrainer):
             return super()._advantages(rewards, rows, trajectory)
         started, args = time.perf_counter(), self.args
         size, num_steps = trajectory.log_probs.shape
-        flat = trajectory.latents[:, :-1].flatten(0, 1)
-        index = torch.tensor(self._prompt_index).repeat_interleave(num_steps)
-        parts = zip(*(x.split(args.per_device_rollout_batch_size) for x in (flat, index)), strict=True)
         embeddings = []
-        with self._progress(len(flat), "Embedding for the critic") as bar:
-            for latents, prompts in parts:
-                embeddings.append(self._embed(latents, self._conditioning[prompts]))
-                bar.update(len(latents))
+        with self._progress(size * num_steps, "Embedding for the critic") as bar:
+            for part in torch.arange(size * num_steps).split(args.per_device_rollout_batch_size):
+                images, steps = part // num_steps, part % num_steps
+                conditioning = self._conditioning[[self._prompt_index[image] for image in images]]
+                embeddings.append(self._embed(trajectory.latents[images, steps], conditioning))
+                bar.update(len(part))
         embeddings = torch.cat(embeddings).to(self.accelerator.device, torch.float32).unflatten(0, (size, num_steps))
         self._watch_neurons(self.accelerator.gather(embeddings))
         self.critic.eval()
@@ -197,8 +211,11 @@ class TDPORTrainer(DDPOTrainer):
         )
         mine = returns.split(size)[self.accelerator.process_index].to(values.device)
         self._critic_inputs = {"embeddings": embeddings, "values": values, "returns": mine}
-        residual = (returns - all_values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-        self._record({"critic/explained_variance": 1 - residual.item(), "time/critic": time.perf_counter() - started})
+        residual, total = (returns - all_values).var(correction=0).item(), returns.var(correction=0).item()
+        explained = (
+            1 - residual / total if total > 1e-8 else 0.0
+        )  # there is nothing to explain when all rewards are equal
+        self._record({"critic/explained_variance": explained, "time/critic": time.perf_counter() - started})
         return advantages
 
     def _watch_neurons(self, embeddings: torch.Tensor) -> None:
@@ -232,7 +249,8 @@ class TDPORTrainer(DDPOTrainer):
         )
         device = self.accelerator.device
         seed = sample_generator("dropout", self.state.global_step, k, *self._key(images)).initial_seed()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the same whatever the processes
+        forked = {} if device.type == "cpu" else {"devices": [device.index or 0], "device_type": device.type}
+        with torch.random.fork_rng(**({"devices": []} | forked)):  # the same whatever the processes
             torch.manual_seed(seed)
             values = self.critic(embeddings)
         clipped = torch.clamp(values, old - self.args.cliprange_value, old + self.args.cliprange_value)

@@ -154,6 +154,8 @@ DDPO_CONFIGS = [
 TDPO_R_CONFIGS = [
     ({"gamma": -0.1}, "gamma", "in [0, 1]; 1 does not discount"),
     ({"gamma": 1.1}, "gamma", "in [0, 1]"),
+    ({"gamma": 0.9, "use_critic": False}, "gamma", "only with `use_critic=True`"),
+    ({"critic_encoder": "some/clip", "use_critic": False}, "critic_encoder", "only with `use_critic=True`"),
     ({"critic_learning_rate": 0}, "critic_learning_rate", "above 0; 1e-4"),
     ({"critic_learning_rate": math.inf}, "critic_learning_rate", "above 0"),
     ({"cliprange_value": 0}, "cliprange_value", "above 0; 0.2 is usual"),
@@ -512,7 +514,6 @@ def tiny_decoder():
 
 
 FLOW_PIPELINE = ["of a flow-matching pipeline", "with DDIM", "TPGRPOTrainer or FlowGRPOTrainer"]
-ONLY_ENCODER = ["`critic_encoder=", "must be a callable, and the only one", "`args.critic_encoder`"]
 EMBEDDINGS = ["`critic_encoder` made a tensor of shape", "finite embeddings, a tensor (B, d)"]
 DDIM_TRAINERS = {
     "flow pipeline": (
@@ -584,16 +585,20 @@ DDIM_TRAINERS = {
         ValueError,
         ["`critic_encoder` takes images of 336 pixels", "the reward function sees images of 224", "Leave"],
     ),
-    "encoder that cannot be called": ({"critic_encoder": 3}, ValueError, ["`critic_encoder=3`", *ONLY_ENCODER]),
+    "encoder that cannot be called": (
+        {"critic_encoder": 3},
+        ValueError,
+        ["`critic_encoder=3` is not callable", "`args.critic_encoder`"],
+    ),
     "name as encoder": (
         {"critic_encoder": "openai/clip-vit-large-patch14"},
         ValueError,
-        ["`critic_encoder='openai/clip-vit-large-patch14'`", *ONLY_ENCODER],
+        ["`critic_encoder='openai/clip-vit-large-patch14'` is not callable", "a name as `args.critic_encoder`"],
     ),
     "two encoders": (
         {"critic_encoder": Encoder(), "args": tdpo_r(critic_encoder="some/clip")},
         ValueError,
-        ["now 'some/clip'", *ONLY_ENCODER],
+        ["`args.critic_encoder='some/clip'` are both given", "leave one out"],
     ),
     "encoder that cannot be loaded": (
         {"critic_encoder": None, "args": tdpo_r(critic_encoder="/no/such/clip")},

@@ -235,6 +235,51 @@ def test_rewards_out_of_domain_are_only_evaluated(tmp_path):
     assert Image.open(tmp_path / "out" / "over_optimization.png").width == 1008
 
 
+def test_a_run_that_over_optimises_is_stopped(tmp_path):
+    pytest.importorskip("matplotlib")
+    falling = iter([1.0, 1.1, 1.0, 0.8, 0.7])  # the reward out of domain, by evaluation
+
+    def trained(prompts, images, **columns):
+        return [gray(image) for image in images]
+
+    def watched(prompts, images, **columns):
+        return [next(falling)] * 3
+
+    trainer = make_trainer(
+        tmp_path, method="ddpo", reward_funcs=[trained, watched], out_of_domain_rewards=["watched"], max_steps=8,
+        evaluation=prompts(3), eval_strategy="steps", eval_steps=1, eval_on_start=True, learning_rate=0.0,
+        callbacks=[OverOptimizationCallback(stop_after_fall=0.2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert logged(trainer, "eval_over_optimization/watched")[-1] == pytest.approx(0.3 / 1.1)
+
+
+def test_a_safety_checker_is_left_out(tmp_path):
+    """One that blacks out everything changes neither images nor training, and stays on the pipeline."""
+
+    def black_out(images, clip_input):
+        raise AssertionError("called")
+
+    kept = []
+    for checker in (None, black_out):
+        pipe = pipelines.stable_diffusion()
+        pipe.safety_checker, pipe.feature_extractor = checker, (lambda images, **kwargs: None) if checker else None
+        recorder = Recorder()
+        trainer = make_trainer(tmp_path, method="tdpo_r", pipe=pipe, reward_funcs=recorder, max_steps=1)
+        trainer.train()
+        assert trainer.pipe.safety_checker is checker
+        kept.append(recorder.images[0])
+    assert np.array_equal(*kept)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_evaluations_of_the_reference_are_not_counted(tmp_path, full):
+    trainer = make_trainer(tmp_path, method="ddpo", full=full, beta=0.1, max_steps=1, learning_rate=1e-4)
+    trainer.train()
+    assert logged(trainer, "nfe") == [3.0]
+
+
 # Saving and resuming
 
 
@@ -269,8 +314,9 @@ def test_resumed_run_is_the_straight_one(tmp_path, straight, step):
         assert logged(resumed, name) == logged(expected, name), name
 
 
-def test_saved_lora_gives_the_trained_pipeline(tmp_path):
-    trainer = make_trainer(tmp_path, method="ddpo", learning_rate=0.05, max_steps=2)
+@pytest.mark.parametrize("method, words", [("ddpo", ["DDPO", "2305.13301"]), ("tdpo_r", ["TDPO-R", "2402.08552"])])
+def test_saved_lora_gives_the_trained_pipeline(tmp_path, method, words):
+    trainer = make_trainer(tmp_path, method=method, learning_rate=0.05, max_steps=2)
     trainer.train()
     trainer.save_model()
     pipe = pipelines.stable_diffusion()
@@ -280,4 +326,5 @@ def test_saved_lora_gives_the_trained_pipeline(tmp_path):
     assert np.abs(after - draw(trainer.pipe, PROMPTS[:3], eval_noise(3), output_type="np")).max() < 1e-4
     assert np.abs(after - before).max() > 0.01
     card = (tmp_path / "README.md").read_text()
-    assert "DDPO" in card and "2305.13301" in card and "| eta | 1.0 |" in card
+    assert all(word in card for word in [*words, "| eta | 1.0 |"])
+    assert ("critic.safetensors" in card) == (method == "tdpo_r")

@@ -314,6 +314,26 @@ def test_neurons_are_reset_when_it_is_due(tmp_path, kind):
     assert torch.equal(moments_after[~entries], moments[~entries])
 
 
+def test_every_reset_draws_other_weights(tmp_path):
+    trainer = make_trainer(
+        tmp_path, method="tdpo_r", num_inference_steps=2, reset_neurons="all", reset_every=1, max_steps=5,
+        generation_batch_size=8,
+    )  # fmt: skip
+    seen = watch_generations(trainer)
+    trainer.train()
+    first, second = (after.layers[0].weight for _, _, after, _ in seen[1:])
+    assert (first != second).all()
+
+
+def test_equal_rewards_explain_nothing(tmp_path):
+    trainer = make_trainer(
+        tmp_path, method="tdpo_r", num_inference_steps=2, reward_funcs=lambda prompts, images, **columns: [0.1] * len(images),
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "frac_reward_zero_std") == [1.0] and logged(trainer, "critic/explained_variance") == [0.0]
+
+
 def test_values_and_advantages_are_those_of_the_critic_after_the_reset(tmp_path):
     trainer = make_trainer(
         tmp_path, method="tdpo_r", num_inference_steps=2, reset_every=1, max_steps=3, critic_learning_rate=1e-2
