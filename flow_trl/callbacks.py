@@ -270,18 +270,18 @@ def save_before_and_after(folder: str | Path, prompts: list[str]) -> None:
     figure.savefig(Path(folder) / "before_after.png", dpi=100)
 
 
-def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
+def cross_reward_figure(curves: dict[str, list[list[dict]]], names: list[str]) -> Any:
     """
     Draws rewards that are not trained against the one that is, over the evaluations of one or more runs: where a
     reward falls while the trained one rises, a run over-optimises.
 
-    There is one panel for each reward and one colour for each run, with one point for each evaluation, joined in
+    There is one panel for each reward and one colour for each method, with one point for each evaluation, joined in
     order. The first and the last point bear their number of updates; the bars are standard errors over the prompts.
 
     Args:
-        curves (`dict[str, list[dict]]`):
-            By the name of a run, its evaluations as in `trainer.state.log_history`; other entries are ignored, so a
-            whole `log_history` will do.
+        curves (`dict[str, list[list[dict]]]`):
+            By the name of a method, its runs, each with its evaluations as in `trainer.state.log_history`; other entries
+            are ignored, so a whole `log_history` will do.
         names (`list[str]`):
             Names of the reward functions that are not trained.
 
@@ -294,7 +294,7 @@ def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
     Example:
 
     ```python
-    >>> histories = {"DDPO": ddpo.state.log_history, "TDPO-R": tdpo_r.state.log_history}
+    >>> histories = {"DDPO": [ddpo.state.log_history], "TDPO-R": [tdpo_r.state.log_history]}
     >>> cross_reward_figure(histories, ["pickscore", "clip_score"]).savefig("cross_reward.png")
     ```
     """
@@ -302,18 +302,21 @@ def cross_reward_figure(curves: dict[str, list[dict]], names: list[str]) -> Any:
     figure = figures.Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         key = f"eval_rewards/{name}"
-        for index, (label, history) in enumerate(curves.items()):
-            points = [entry for entry in history if "eval_reward" in entry and f"{key}/mean" in entry]
-            x, y = [entry["eval_reward"] for entry in points], [entry[f"{key}/mean"] for entry in points]
-            errors = [entry.get(f"{key}/se", np.nan) for entry in points]
+        for index, (label, runs) in enumerate(curves.items()):
             color = f"C{index}"  # the same in every panel, also where a run lacks a reward
-            axes.errorbar(x, y, yerr=errors, marker="o", color=color, ecolor=(color, 0.4), label=label)
-            for end in points[:1] + points[1:][-1:]:
-                place = (end["eval_reward"], end[f"{key}/mean"])
-                axes.annotate(end["step"], place, (4, 4), textcoords="offset points", color=color, fontsize=8)
+            for number, history in enumerate(runs):
+                points = [entry for entry in history if "eval_reward" in entry and f"{key}/mean" in entry]
+                x, y = [entry["eval_reward"] for entry in points], [entry[f"{key}/mean"] for entry in points]
+                errors = [entry.get(f"{key}/se", np.nan) for entry in points]
+                label = "_nolegend_" if number else label
+                axes.errorbar(x, y, yerr=errors, marker="o", color=color, ecolor=(color, 0.4), label=label)
+                for end in points[:1] + points[1:][-1:]:
+                    place = (end["eval_reward"], end[f"{key}/mean"])
+                    axes.annotate(end["step"], place, (4, 4), textcoords="offset points", color=color, fontsize=8)
         axes.set_xlabel("reward (trained)")
         axes.set_ylabel(f"{name} (not trained)")
         axes.margins(x=0.1)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
     return figure
@@ -393,7 +396,7 @@ class OverOptimizationCallback(TrainerCallback):
                 )
                 control.should_training_stop = True
         if state.is_world_process_zero:
-            figure = cross_reward_figure({Path(args.output_dir).name: evaluations}, names)
+            figure = cross_reward_figure({Path(args.output_dir).name: [evaluations]}, names)
             figure.savefig(Path(args.output_dir) / "over_optimization.png", dpi=120)
 
     @staticmethod

@@ -179,7 +179,7 @@ def drawn_points(axes):
     return [line.get_xydata().tolist() for line in axes.lines]
 
 
-def test_cross_reward_figure_has_a_panel_for_each_reward_and_a_colour_for_each_run():
+def test_cross_reward_figure_has_a_panel_for_each_reward_and_a_colour_for_each_method():
     pytest.importorskip("matplotlib")
     first = [
         evaluation(0, 1.0, hps=0.5, pick=-2.0),
@@ -187,16 +187,17 @@ def test_cross_reward_figure_has_a_panel_for_each_reward_and_a_colour_for_each_r
         evaluation(10, 2.0, hps=0.4, pick=-1.0),
     ]
     first += [{"eval_other_reward": 9.0, "eval_rewards/hps/mean": 9.0, "step": 10}, evaluation(20, 1.5, hps=0.2)]
-    figure = cross_reward_figure({"a": first, "b": [evaluation(3, 1.0, pick=-3.0)]}, ["hps", "pick"])
+    figure = cross_reward_figure({"a": [first], "b": [[evaluation(3, 1.0, pick=-3.0)]] * 2}, ["hps", "pick"])
     hps, pick = figure.axes
-    assert drawn_points(hps) == [[[1.0, 0.5], [2.0, 0.4], [1.5, 0.2]], []]
-    assert drawn_points(pick) == [[[1.0, -2.0], [2.0, -1.0]], [[1.0, -3.0]]]
+    assert drawn_points(hps) == [[[1.0, 0.5], [2.0, 0.4], [1.5, 0.2]], [], []]
+    assert drawn_points(pick) == [[[1.0, -2.0], [2.0, -1.0]], [[1.0, -3.0]], [[1.0, -3.0]]]
     for axes in figure.axes:
-        assert [line.get_color() for line in axes.lines] == ["C0", "C1"]
+        assert [line.get_color() for line in axes.lines] == ["C0", "C1", "C1"]
     assert [text.get_text() for text in hps.texts] == ["0", "20"]
     assert [(text.get_text(), text.xy) for text in pick.texts] == [
         ("0", (1.0, -2.0)),
         ("10", (2.0, -1.0)),
+        ("3", (1.0, -3.0)),
         ("3", (1.0, -3.0)),
     ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
@@ -207,7 +208,7 @@ def test_cross_reward_figure_has_a_panel_for_each_reward_and_a_colour_for_each_r
 def test_cross_reward_figure_without_standard_errors(tmp_path):
     pytest.importorskip("matplotlib")
     history = [{"eval_reward": x, "eval_rewards/hps/mean": 1 - x, "step": x} for x in (0, 1)]
-    figure = cross_reward_figure({"a": history}, ["hps"])
+    figure = cross_reward_figure({"a": [history]}, ["hps"])
     figure.savefig(tmp_path / "figure.png", dpi=50)
     assert drawn_points(figure.axes[0]) == [[[0, 1], [1, 0]]]
 

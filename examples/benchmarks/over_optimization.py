@@ -81,7 +81,10 @@ def main(arguments: Arguments) -> None:
         print("| " + " | ".join(cells) + " |")
     path = Path(arguments.output_dir) / "over_optimization.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    cross_reward_figure(histories, names).savefig(path, dpi=120)
+    curves: dict[str, list] = {}
+    for run, history in histories.items():
+        curves.setdefault(run.rpartition("-")[0], []).append(history)
+    cross_reward_figure(curves, names).savefig(path, dpi=120)
     print(f"\n{path}")
 
 
