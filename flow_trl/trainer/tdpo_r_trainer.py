@@ -72,8 +72,6 @@ class TDPORTrainer(DDPOTrainer):
     _card_arguments = DDPOTrainer._card_arguments + [
         "gamma",
         "use_critic",
-        "critic_encoder",
-        "critic_decoder",
         "critic_learning_rate",
         "cliprange_value",
         "reset_neurons",
