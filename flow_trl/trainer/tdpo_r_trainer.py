@@ -210,9 +210,7 @@ class TDPORTrainer(DDPOTrainer):
         mine = returns.split(size)[self.accelerator.process_index].to(values.device)
         self._critic_inputs = {"embeddings": embeddings, "values": values, "returns": mine}
         residual, total = (returns - all_values).var(correction=0).item(), returns.var(correction=0).item()
-        explained = (
-            1 - residual / total if total > 1e-8 else 0.0
-        )  # there is nothing to explain when all rewards are equal
+        explained = 1 - residual / total if total > 1e-8 else 0.0  # all rewards are equal
         self._record({"critic/explained_variance": explained, "time/critic": time.perf_counter() - started})
         return advantages
 
