@@ -162,5 +162,5 @@ def test_a_group_whose_finished_images_are_equal_still_trains_its_steps(tmp_path
     trainer = make_trainer(tmp_path, reward_funcs=ends_equal, credit="incremental", max_steps=1)
     trainer.train()
     assert logged(trainer, "reward_std") == [0.0]
-    assert logged(trainer, "frac_reward_zero_std") == [0.0]
+    assert logged(trainer, "frac_reward_zero_std") == [1.0]
     assert trainer.watch.gradients[0].norm() > 1e-4
