@@ -22,6 +22,11 @@ from .utils import import_extra
 logger = logging.getLogger(__name__)
 
 
+def _evaluations(log_history: list[dict]) -> list[dict]:
+    """The evaluations of a run, of a single data set, in order."""
+    return [entry for entry in log_history if "eval_reward" in entry]
+
+
 class EMACallback(TrainerCallback):
     r"""
     Keeps an exponential moving average of the trained weights,
@@ -174,7 +179,7 @@ class LearningCurveCallback(TrainerCallback):
             return
         costs = [{"step": 0, "total_nfe": 0, "total_reward_calls": 0}]
         costs += [entry for entry in state.log_history if "total_nfe" in entry]
-        evaluations = [entry for entry in state.log_history if "eval_reward" in entry]
+        evaluations = _evaluations(state.log_history)
         figure = self._figure.Figure(figsize=(12, 3.6), layout="constrained")
         labels = {"step": "updates", "total_nfe": "denoiser evaluations", "total_reward_calls": "reward calls"}
         for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
@@ -215,7 +220,7 @@ def reward_table(log_history: list[dict]) -> str:
     | scene                  |  0.712 |  0.773 |  +0.061 |            +5.2 |
     ```
     """
-    evaluations = [entry for entry in log_history if "eval_reward" in entry]
+    evaluations = _evaluations(log_history)
     before, after = evaluations[0], evaluations[-1]
     lines = [
         f"| {'reward':<22} | before | after  | change  | standard errors |",
@@ -305,7 +310,7 @@ def cross_reward_figure(curves: dict[str, list[list[dict]]], names: list[str]) -
         for index, (label, runs) in enumerate(curves.items()):
             color = f"C{index}"  # the same in every panel, also where a run lacks a reward
             for number, history in enumerate(runs):
-                points = [entry for entry in history if "eval_reward" in entry and f"{key}/mean" in entry]
+                points = [entry for entry in _evaluations(history) if f"{key}/mean" in entry]
                 x, y = [entry["eval_reward"] for entry in points], [entry[f"{key}/mean"] for entry in points]
                 errors = [entry.get(f"{key}/se", np.nan) for entry in points]
                 label = "_nolegend_" if number else label
@@ -330,8 +335,9 @@ class OverOptimizationCallback(TrainerCallback):
 
     \\( (b - \text{now}) / |b| \\), logged as `eval_over_optimization/<name>`; 0 where b is 0.
 
-    It watches a single `eval_dataset`, not a dict of them. The best evaluation is taken from `state.log_history`, so a resumed run goes on with it. A share has little meaning
-    for a reward whose values are around 0 (ImageReward's, for example): look at the picture for those.
+    It watches a single `eval_dataset`, not a dict of them. The best evaluation is taken from `state.log_history`, so a
+    resumed run goes on with it. A share has little meaning for a reward whose values are around 0 (ImageReward's, for
+    example): look at the picture for those.
 
     The metrics are what `trainer.evaluate` returns and what `state.log_history` holds. Trackers do not get the shares:
     they have been sent the evaluation before callbacks see it.
@@ -373,7 +379,7 @@ class OverOptimizationCallback(TrainerCallback):
                 stacklevel=2,
             )
             return
-        evaluations = [entry for entry in state.log_history if "eval_reward" in entry]
+        evaluations = _evaluations(state.log_history)
         now = evaluations[-1]
         for name in names:
             key = f"eval_rewards/{name}/mean"

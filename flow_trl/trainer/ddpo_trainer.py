@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import logging
 import os
@@ -150,7 +151,7 @@ class DDPOTrainer(DiffusionTrainer):
         if self.args.beta:
             rows = torch.arange(len(penalties)).split(self.args.per_device_rollout_batch_size)
             with self._reference():
-                for k, part in [(k, part) for k in range(penalties.shape[1]) for part in rows]:
+                for k, part in itertools.product(range(penalties.shape[1]), rows):
                     conditioning = self._conditioning[[self._prompt_index[row] for row in part]]
                     latents, next_latents = trajectory.latents[part, k], trajectory.latents[part, k + 1]
                     output = self._reference_policy.predict(latents, k, conditioning, trajectory.schedule)

@@ -70,9 +70,9 @@ class TDPORConfig(DDPOConfig):
             "critic_learning_rate", 0 < self.critic_learning_rate < math.inf, "it must be above 0; 1e-4 is the paper's"
         )
         self._check("cliprange_value", self.cliprange_value > 0, "it must be above 0; 0.2 is usual")
-        for name, unused in (("gamma", 1.0), ("critic_encoder", None), ("critic_decoder", None)):
-            unused = self.use_critic or getattr(self, name) == unused
-            self._check(name, unused, "it has a meaning only with `use_critic=True`")
+        for name, default in (("gamma", 1.0), ("critic_encoder", None), ("critic_decoder", None)):
+            valid = self.use_critic or getattr(self, name) == default
+            self._check(name, valid, "it has a meaning only with `use_critic=True`")
         choices = ("active", "dormant", "all", "none")
         self._check("reset_neurons", self.reset_neurons in choices, f"choose one of {choices}")
         self._check(

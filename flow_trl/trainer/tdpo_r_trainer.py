@@ -245,8 +245,8 @@ class TDPORTrainer(DDPOTrainer):
         )
         device = self.accelerator.device
         seed = sample_generator("dropout", self.state.global_step, k, *self._key(images)).initial_seed()
-        forked = {} if device.type == "cpu" else {"devices": [device.index or 0], "device_type": device.type}
-        with torch.random.fork_rng(**({"devices": []} | forked)):  # the same whatever the processes
+        devices = [] if device.type == "cpu" else [device.index or 0]
+        with torch.random.fork_rng(devices, device_type=device.type):  # the same whatever the processes
             torch.manual_seed(seed)
             values = self.critic(embeddings)
         clipped = torch.clamp(values, old - self.args.cliprange_value, old + self.args.cliprange_value)
