@@ -147,7 +147,7 @@ def log_image(
 class LearningCurveCallback(TrainerCallback):
     """
     Draws the rewards against updates, denoiser evaluations and reward calls, as `learning_curve.png` in `output_dir`,
-    after each evaluation and at the end.
+    after each evaluation and at the end. `out_of_domain_rewards` are left to [`OverOptimizationCallback`].
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -180,13 +180,16 @@ class LearningCurveCallback(TrainerCallback):
         costs = [{"step": 0, "total_nfe": 0, "total_reward_calls": 0}]
         costs += [entry for entry in state.log_history if "total_nfe" in entry]
         evaluations = _evaluations(state.log_history)
+        means = {name for entry in evaluations for name in entry if name.endswith("/mean")}
+        # Those have scales of their own, and a figure by `OverOptimizationCallback`.
+        means -= {f"eval_rewards/{name}/mean" for name in getattr(args, "out_of_domain_rewards", None) or []}
         figure = self._figure.Figure(figsize=(12, 3.6), layout="constrained")
         labels = {"step": "updates", "total_nfe": "denoiser evaluations", "total_reward_calls": "reward calls"}
         for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
             axes.plot(
                 [entry[key] for entry in train], [entry["reward"] for entry in train], alpha=0.5, label="training"
             )
-            for name in sorted({name for entry in evaluations for name in entry if name.endswith("/mean")}):
+            for name in sorted(means):
                 points = [
                     (self._cost(costs, entry["step"])[key], entry[name]) for entry in evaluations if name in entry
                 ]

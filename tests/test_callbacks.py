@@ -152,6 +152,20 @@ def test_learning_curve(tmp_path, monkeypatch):
     assert Image.open(path).size == (1440, 432)
 
 
+def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    history = [{"reward": 0.2, "total_nfe": 50, "total_reward_calls": 5, "step": 1}, evaluation(1, 0.3, hps=70.0)]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    for names in (["hps"], None):
+        args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=names)
+        LearningCurveCallback().on_evaluate(args, TrainerState(log_history=history), None)
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert labels == [["training", "trained, held out"], ["training", "hps, held out", "trained, held out"]]
+
+
 def evaluation(step, reward, **others):
     """An entry of `log_history`; `others` are rewards that are not trained, each with a standard error of a tenth."""
     entry = {"eval_reward": reward, "eval_reward_se": 0.01, "eval_rewards/trained/mean": reward, "step": step}
