@@ -106,6 +106,12 @@ TINY_TDPO = {
     "critic_learning_rate": 3e-3,
 }
 TINY_DDPO = {"per_device_train_batch_size": 16, "updates_per_generation": 8, "max_steps": 240, "eval_steps": 40}
+# The tiny world's rewards under the names of the real ones.
+TINY_REWARDS = {
+    "clip_score": lambda: ClipScore(*tiny.load_clip()),
+    "scene": tiny.scene_reward,
+    "scene_strict": lambda: tiny.scene_reward(strict=True),
+}
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -140,9 +146,10 @@ def main() -> None:
 
     train_dataset, eval_dataset = load_prompts(arguments)
     reward_funcs = arguments.reward_funcs or ["jpeg_compressibility" if is_tiny else "aesthetic"]
-    if is_tiny and "clip_score" in [*reward_funcs, *(args.out_of_domain_rewards or [])]:
-        others = [name for name in reward_funcs if name != "clip_score"]
-        reward_funcs = [*others, ClipScore(*tiny.load_clip())]
+    if is_tiny:
+        watched = [name for name in args.out_of_domain_rewards or [] if name in TINY_REWARDS]
+        names = dict.fromkeys([*reward_funcs, *watched])
+        reward_funcs = [TINY_REWARDS[name]() if name in TINY_REWARDS else name for name in names]
     peft_config = None
     if arguments.lora_rank:
         peft_config = LoraConfig(

@@ -19,16 +19,16 @@ A real model on GPUs (see examples/README.md for the paper's settings):
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
 from flow_trl import TPGRPOConfig, TPGRPOTrainer, tiny
 from flow_trl.callbacks import LearningCurveCallback, reward_table, save_before_and_after
-from flow_trl.rewards.scene import SceneReward, TransformersDetector
+from flow_trl.rewards.scene import MASK2FORMER, SceneReward, TransformersDetector
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ScriptArguments:
     reward_funcs: list[str] | None = field(default=None, metadata={"help": "Names of reward functions."})
     eval_size: int = field(default=1000, metadata={"help": "Number of held-out prompts."})
     detector: str = field(
-        default="facebook/mask2former-swin-large-coco-instance",
+        default=MASK2FORMER,
         metadata={"help": "Instance-segmentation model for the scene rewards of real models."},
     )
     lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
@@ -126,16 +126,17 @@ def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
     return data["train"], data["test"].select(range(min(arguments.eval_size, len(data["test"]))))
 
 
-def reward_functions(arguments: ScriptArguments, device: torch.device) -> tuple[list, list[float]]:
-    """Reward functions and their weights; strict accuracy is watched, not trained."""
+def reward_functions(arguments: ScriptArguments, args: TPGRPOConfig) -> tuple[list, list[float]]:
+    """Reward functions and the weights of the trained ones; strict accuracy is watched, unless it is asked for."""
+    names, weights = {"scenes": (["scene", "scene_strict"], [1.0, 0.0]), "words": (["ocr"], [1.0])}[arguments.task]
     if arguments.reward_funcs is not None:
-        return arguments.reward_funcs, [1.0] * len(arguments.reward_funcs)
-    if arguments.task == "words":
-        return ["ocr"], [1.0]
-    detector = (
-        None if arguments.model_name_or_path is None else TransformersDetector(arguments.detector, device=device)
-    )
-    return [SceneReward(detector), SceneReward(detector, strict=True)], [1.0, 0.0]
+        names, weights = arguments.reward_funcs, [1.0] * len(arguments.reward_funcs)
+    scenes = ("scene", "scene_strict")
+    names = dict.fromkeys([*names, *(name for name in args.out_of_domain_rewards or [] if name in scenes)])
+    scene_reward = tiny.scene_reward
+    if arguments.model_name_or_path is not None and any(name in scenes for name in names):
+        scene_reward = partial(SceneReward, TransformersDetector(arguments.detector, device=args.device))
+    return [scene_reward(strict=name == "scene_strict") if name in scenes else name for name in names], weights
 
 
 def main() -> None:
@@ -149,7 +150,7 @@ def main() -> None:
     arguments, args = parser.parse_args_and_config()
 
     train_dataset, eval_dataset = load_prompts(arguments)
-    reward_funcs, weights = reward_functions(arguments, args.device)
+    reward_funcs, weights = reward_functions(arguments, args)
     args.reward_weights = weights if args.reward_weights is None else args.reward_weights
     peft_config = None
     if arguments.lora_rank:

@@ -2,12 +2,17 @@
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+
+from .utils import to_device, to_pil
 
 
 class PipelineFamily(NamedTuple):
@@ -100,6 +105,33 @@ class Conditioning:
 
         return Conditioning({name: select(value) for name, value in self.arguments.items()})
 
+    def on(self, device: torch.device, rows: list[int]) -> "Conditioning":
+        """
+        The conditioning of some rows, on a device to which each distinct row goes once.
+
+        Args:
+            device (`torch.device`):
+                The device.
+            rows (`list[int]`):
+                n indices of rows, in any order, with or without repetition.
+
+        Returns:
+            [`Conditioning`] of length n.
+        """
+        distinct = list(dict.fromkeys(rows))
+        index = [distinct.index(row) for row in rows]
+        device_index = to_device(torch.tensor(index), device)
+
+        def move(value):
+            if isinstance(value, torch.Tensor):
+                return to_device(value, device).index_select(0, device_index)
+            if isinstance(value, list):
+                value = [to_device(entry, device) if isinstance(entry, torch.Tensor) else entry for entry in value]
+                return [value[i] for i in index]
+            return value
+
+        return Conditioning({name: move(value) for name, value in self[distinct].arguments.items()})
+
 
 class Start(NamedTuple):
     """
@@ -171,6 +203,12 @@ def _no_evaluation(*args, **kwargs) -> tuple[torch.Tensor]:
     return (torch.zeros_like(args[0] if args else kwargs["hidden_states"]),)
 
 
+def _runner_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """The class of pipeline with a device that is known: its own property walks over all modules several times a call."""
+    device = property(lambda self: self.__dict__["_policy_device"])
+    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
+
+
 class PipelinePolicy:
     r"""
     A diffusers pipeline as the policy of a reinforcement-learning problem.
@@ -188,6 +226,8 @@ class PipelinePolicy:
         negative_prompt (`str`, *optional*):
             Negative prompt for guidance. If not set, what the pipeline takes by itself (for pipelines that would leave
             guidance out without one: the empty prompt).
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Whether the text encoders wait on the CPU except while they encode.
         **call_kwargs:
             Further arguments of the pipeline's `__call__`, for example `height`, `width`, `max_sequence_length`.
 
@@ -220,6 +260,7 @@ class PipelinePolicy:
         *,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        offload_text_encoders: bool = False,
         **call_kwargs: Any,
     ):
         names = [cls.__name__ for cls in type(pipe).__mro__]
@@ -243,9 +284,11 @@ class PipelinePolicy:
         self.pipe = pipe
         self.denoiser_name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
         self.negative_prompt = negative_prompt
+        self.offload_text_encoders = offload_text_encoders
         self.call_kwargs = dict(call_kwargs)
         if guidance_scale is not None:
             self.call_kwargs[self.family.guidance] = guidance_scale
+        self._runner_class = _runner_class(type(pipe))
         self._call_function = inspect.unwrap(type(pipe).__call__)
         self._call_defaults = {
             name: parameter.default for name, parameter in inspect.signature(self._call_function).parameters.items()
@@ -267,7 +310,36 @@ class PipelinePolicy:
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether samples have more than one frame."""
+        return self.call_kwargs.get("num_frames", self._call_defaults.get("num_frames", 1)) != 1
+
+    @contextmanager
+    def _text_encoders(self):
+        """Within this context the text encoders are where they encode."""
+        encoders = []
+        if self.offload_text_encoders:
+            modules = self.pipe.components
+            encoders = [
+                modules[name] for name in modules if name.startswith("text_encoder") and modules[name] is not None
+            ]
+        try:
+            for encoder in encoders:
+                encoder.to(self.device)
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def _runner(self) -> DiffusionPipeline:
+        runner = copy.copy(self.pipe)
+        runner.__class__ = self._runner_class
+        runner.__dict__["_policy_device"] = self.device
+        return runner
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -281,8 +353,8 @@ class PipelinePolicy:
         Returns:
             [`Conditioning`] of length N.
         """
-        prompts = list(prompts)
-        parameters = inspect.signature(self.pipe.encode_prompt).parameters
+        prompts, runner = list(prompts), self._runner()
+        parameters = inspect.signature(runner.encode_prompt).parameters
         # What some classes require, and what changes the embedding.
         kwargs = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
         kwargs |= {
@@ -299,7 +371,7 @@ class PipelinePolicy:
             kwargs.update(do_classifier_free_guidance=guided, negative_prompt=negative)
 
         def encode(texts, prefix=""):
-            outputs = self.pipe.encode_prompt(prompt=texts, device=self.pipe._execution_device, **kwargs)
+            outputs = runner.encode_prompt(prompt=texts, device=self.device, **kwargs)
             named = {prefix + name: value for name, value in zip(self.family.outputs, outputs, strict=True) if name}
             for name, value in named.items():
                 embeds = named.get(name.removesuffix("_mask"))
@@ -307,9 +379,10 @@ class PipelinePolicy:
                     named[name] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             return named
 
-        arguments = encode(prompts)
-        if guided and not joint:
-            arguments |= encode([self.negative_prompt or ""] * len(prompts), prefix="negative_")
+        with self._text_encoders():
+            arguments = encode(prompts)
+            if guided and not joint:
+                arguments |= encode([self.negative_prompt or ""] * len(prompts), prefix="negative_")
         return Conditioning(arguments)
 
     def start(
@@ -344,7 +417,8 @@ class PipelinePolicy:
             )
         sigmas = getattr(stand_in, "sigmas", None)
         sigmas = None if sigmas is None else torch.as_tensor(sigmas).detach().float().cpu()
-        return Start(stand_in.sample.float(), Schedule(stand_in.timesteps, sigmas), conditioning)
+        timesteps = stand_in.timesteps.to(self.device)
+        return Start(stand_in.sample.float(), Schedule(timesteps, sigmas), conditioning)
 
     def predict(
         self,
@@ -374,7 +448,8 @@ class PipelinePolicy:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
         sigmas = None if schedule.sigmas is None else schedule.sigmas[step_index : step_index + 2]
-        stand_in = _StandIn(self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas))
+        timesteps = schedule.timesteps[step_index : step_index + 1].to(self.device)
+        stand_in = _StandIn(self.pipe.scheduler, Schedule(timesteps, sigmas))
         self._call(
             stand_in, self.forward if grad else self.denoiser, conditioning, grad=grad, num_inference_steps=1,
             latents=latents,
@@ -394,10 +469,11 @@ class PipelinePolicy:
             conditioning ([`Conditioning`]):
                 Conditioning of length N (it fixes the size of the batch).
             output_type (`str`, *optional*, defaults to `"pil"`):
-                As in diffusers.
+                `"uint8"`, or as in diffusers.
 
         Returns:
-            `list[PIL.Image.Image]` of length N (for `"pil"`); for videos of more than one frame, a list of N lists.
+            `list[PIL.Image.Image]` of length N (for `"pil"`), or uint8 `torch.Tensor` of shape `(N, H, W, 3)` on the CPU
+            (for `"uint8"`); for videos of more than one frame, a list of N lists, or `(N, frames, H, W, 3)`.
         """
         vae = getattr(self.pipe, "vae", None)
         schedule = Schedule(torch.zeros(1, device=self.device), torch.zeros(2))
@@ -406,15 +482,25 @@ class PipelinePolicy:
             schedule,
             hand_back=latents.to(vae.device, vae.dtype) if vae else latents.to(self.device),
         )
+        as_bytes = output_type in ("pil", "uint8")
         output = self._call(
-            stand_in, _no_evaluation, conditioning, num_inference_steps=1, latents=latents, output_type=output_type
+            stand_in,
+            _no_evaluation,
+            conditioning,
+            num_inference_steps=1,
+            latents=latents,
+            output_type="pt" if as_bytes else output_type,
         )[0]
-        if output_type == "pil" and all(isinstance(frames, list) and len(frames) == 1 for frames in output):
-            return [frames[0] for frames in output]
-        return output
+        if not as_bytes:
+            return output
+        # As `VaeImageProcessor` does it, but before the pixels leave the GPU.
+        pixels = (output.float() * 255).round().to(torch.uint8).movedim(-3, -1).cpu()
+        if pixels.ndim == 5 and pixels.shape[1] == 1:
+            pixels = pixels.squeeze(1)
+        return pixels if output_type == "uint8" else to_pil(pixels)
 
     def _call(self, stand_in: _StandIn, forward: Callable, conditioning: Conditioning, grad: bool = False, **kwargs):
-        runner = copy.copy(self.pipe)
+        runner = self._runner()
         runner.__dict__.update(
             {
                 "scheduler": stand_in,
@@ -425,10 +511,87 @@ class PipelinePolicy:
         )
         if kwargs.get("latents") is not None:
             kwargs["latents"] = kwargs["latents"].to(self.device)
+        embeddings = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in conditioning.arguments.items()
+        }
         with torch.set_grad_enabled(grad):
             try:
-                return self._call_function(
-                    runner, **conditioning.arguments, **self.call_kwargs, **kwargs, return_dict=False
-                )
+                return self._call_function(runner, **embeddings, **self.call_kwargs, **kwargs, return_dict=False)
             except _StepReached:
                 return None
+
+
+class PromptCache:
+    """
+    Embeds each prompt once. Embeddings wait on the CPU; the ones that were not used for the longest time go first.
+
+    What a prompt's embedding is does not depend on what was asked before: the prompts that are missing are embedded in
+    batches as large as the number of distinct prompts in the call (at most 64), filled up, or one by one where the length
+    of an embedding depends on its batch.
+
+    Args:
+        policy ([`PipelinePolicy`]):
+            The policy whose `encode` is used.
+        max_bytes (`int`, *optional*, defaults to 2 GiB):
+            Size from which on embeddings are dropped. Those of one call are always kept.
+
+    Example:
+
+    ```python
+    >>> cache = PromptCache(policy)
+    >>> conditioning = cache.encode(["a red circle", "a blue square"])  # on the CPU
+    >>> latents = policy.start(conditioning.on(policy.device, [0, 0, 1]), 10).latents
+    ```
+    """
+
+    def __init__(self, policy: PipelinePolicy, max_bytes: int = 2 * 2**30):
+        self.policy, self.max_bytes = policy, max_bytes
+        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """
+        Conditioning of prompts.
+
+        Args:
+            prompts (`list[str]`):
+                N prompts.
+
+        Returns:
+            [`Conditioning`] of length N, on the CPU.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in distinct if prompt not in self._rows]
+        masked = any(name and name.endswith("_mask") for name in self.policy.family.outputs)
+        size = 1 if masked else min(len(distinct), 64)
+        for first in range(0, len(missing), size):
+            part = missing[first : first + size]
+            embedded = self.policy.encode(part + part[-1:] * (size - len(part)))
+            for i, prompt in enumerate(part):
+                row = embedded[[i]].arguments
+                self._rows[prompt] = Conditioning(
+                    {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+                )
+        for prompt in distinct:
+            self._rows.move_to_end(prompt)
+        rows = [self._rows[prompt].arguments for prompt in prompts]
+        total = sum(map(_num_bytes, self._rows.values()))
+        while total > self.max_bytes and len(self._rows) > len(distinct):
+            total -= _num_bytes(self._rows.popitem(last=False)[1])
+        return Conditioning({name: _joined([row[name] for row in rows]) for name in rows[0]})
+
+
+def _num_bytes(conditioning: Conditioning) -> int:
+    return sum(value.nbytes for value in conditioning.arguments.values() if isinstance(value, torch.Tensor))
+
+
+def _joined(values: list) -> torch.Tensor | list | None:
+    """Rows of one argument as one; where lengths differ, zeros follow (and a mask says so)."""
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    if not isinstance(values[0], torch.Tensor):
+        return values[0]
+    if len({value.shape for value in values}) > 1:
+        length = max(value.shape[1] for value in values)
+        values = [F.pad(v, [0, 0] * (v.ndim - 2) + [0, length - v.shape[1]]) for v in values]
+    return torch.cat(values)

@@ -7,6 +7,7 @@ import torch
 
 from .policy import Conditioning, PipelinePolicy, Schedule
 from .transitions import Transition
+from .utils import to_device
 
 
 class Trajectory(NamedTuple):
@@ -33,6 +34,19 @@ class Trajectory(NamedTuple):
     finals: torch.Tensor
     schedule: Schedule
     steps: range
+
+    def cpu(self) -> "Trajectory":
+        """The same on the CPU."""
+        timesteps, sigmas = self.schedule
+        return Trajectory(
+            self.latents.cpu(), self.log_probs.cpu(), self.finals.cpu(), Schedule(timesteps.cpu(), sigmas), self.steps
+        )
+
+    @classmethod
+    def join(cls, parts: list["Trajectory"]) -> "Trajectory":
+        """The trajectories of several calls as one."""
+        latents, log_probs, finals, schedules, steps = zip(*parts, strict=True)
+        return cls(torch.cat(latents), torch.cat(log_probs), torch.cat(finals, dim=1), schedules[0], steps[0])
 
 
 def euler_step(
@@ -103,9 +117,10 @@ def rollout(
         completion_stride (`int`, *optional*, defaults to `1`):
             Number of sigmas that a completion steps over at a time. Above 1 completions are cheaper and approximate.
         batch_size (`int`, *optional*):
-            Largest number of latents in one call of the denoiser. If not set, all at once.
+            Largest number of latents in one call of the denoiser. If not set, all at once. More samples than that are
+            sampled in parts, one after the other.
         callback (`Callable[[int], None]`, *optional*):
-            Called with the step index after each step.
+            Called with the step index after each step of each part.
 
     Returns:
         [`Trajectory`]
@@ -119,18 +134,33 @@ def rollout(
     >>> images = policy.decode(trajectory.finals[0], conditioning[[0, 0, 1, 1]])
     ```
     """
-    rows = torch.as_tensor(prompt_index).split(batch_size or len(prompt_index))
-    drawn = iter(generators)
-    starts = [policy.start(conditioning[row], num_inference_steps, [next(drawn) for _ in row]) for row in rows]
-    sampled = torch.cat([start.latents for start in starts])
-    schedule = starts[0].schedule
+    size = len(prompt_index)
+    if batch_size is not None and size > batch_size:
+        parts = [
+            rollout(
+                policy, conditioning, prompt_index[first : first + batch_size], generators[first : first + batch_size],
+                num_inference_steps=num_inference_steps, transition=transition, ode_step=ode_step, steps=steps,
+                completions=completions, completion_stride=completion_stride, batch_size=batch_size, callback=callback,
+            )
+            for first in range(0, size, batch_size)
+        ]  # fmt: skip
+        return Trajectory.join(parts)
 
-    def outputs(latents: list[torch.Tensor], step: int) -> tuple[torch.Tensor, ...]:
-        row = torch.as_tensor(prompt_index).repeat(len(latents))
-        size = batch_size or len(row)
-        parts = zip(torch.cat(latents).split(size), row.split(size), strict=True)
-        output = torch.cat([policy.predict(part, step, conditioning[index], schedule) for part, index in parts])
-        return output.chunk(len(latents))
+    conditioning = conditioning.on(policy.device, list(prompt_index))
+    sampled, schedule, _ = policy.start(conditioning, num_inference_steps, generators)
+    noise = [torch.stack([torch.randn(sampled.shape[1:], generator=g) for _ in steps]) for g in generators if steps]
+    noise = to_device(torch.stack(noise, dim=1), sampled.device) if noise else noise
+    together = len(steps) + 1 if batch_size is None else batch_size // size
+    repeated = {1: conditioning}  # by how many latents of each sample a call has
+
+    def outputs(latents: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        given = []
+        for first in range(0, len(latents), together):
+            part = latents[first : first + together]
+            if len(part) not in repeated:
+                repeated[len(part)] = conditioning[list(range(size)) * len(part)]
+            given += policy.predict(torch.cat(part), step, repeated[len(part)], schedule).chunk(len(part))
+        return given
 
     latents, log_probs = [], []
     open_completions: list[torch.Tensor] = []
@@ -147,8 +177,7 @@ def rollout(
             arrives[k] = min(i + completion_stride, num_inference_steps)
             open_completions[k] = ode_step(completion_output, open_completions[k], i, arrives[k], schedule)
         if i in steps:
-            noise = torch.stack([torch.randn(sampled.shape[1:], generator=generator) for generator in generators])
-            step = transition(output, sampled, i, schedule, noise=noise.to(sampled.device))
+            step = transition(output, sampled, i, schedule, noise=noise[len(log_probs)])
             latents.append(sampled)
             log_probs.append(step.log_prob)
             sampled = step.next_sample

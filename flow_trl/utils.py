@@ -1,7 +1,13 @@
 """Small helpers that several modules share."""
 
+import hashlib
 import importlib
 from types import ModuleType
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
 
 
 class MissingExtraError(ImportError, ValueError):
@@ -39,3 +45,62 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs `{module}`, which cannot be imported ({error}). "
             f'Install it with `pip install "flow-trl[{extra}]"`.'
         ) from error
+
+
+def sample_generator(*key: Any) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on `key` alone, not on processes, batches or earlier draws."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; on its way from the CPU to a GPU nothing waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def to_pil(pixels: torch.Tensor) -> list:
+    """
+    PIL images of pixels.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, H, W, 3)` or `(N, frames, H, W, 3)`, uint8):
+            Images or videos, on the CPU.
+
+    Returns:
+        `list[PIL.Image.Image]` of length N, or a list of N lists of frames.
+    """
+    if pixels.ndim == 3:
+        return Image.fromarray(pixels.numpy())
+    return [to_pil(part) for part in pixels]
+
+
+def check_prompts(name: str, dataset: Any) -> None:
+    """
+    Checks that prompts can be taken from a data set.
+
+    Args:
+        name (`str`):
+            What the data set is called in the message.
+        dataset ([`~datasets.Dataset`]):
+            The data set.
+
+    Raises:
+        TypeError, ValueError: if it is no data set, is empty, or has no column `prompt` of strings.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"`{name}` must be a `datasets.Dataset`, not {type(dataset).__name__}: "
+            "`datasets.Dataset.from_list([{'prompt': ...}, ...])` makes one."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty: it needs at least one row with a `prompt`.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has the columns {dataset.column_names} and no column `prompt`: rename one with "
+            "`dataset.rename_column(..., 'prompt')`."
+        )
+    for index, prompt in enumerate(dataset["prompt"][:]):
+        if not isinstance(prompt, str):
+            raise TypeError(f"`{name}[{index}]['prompt']` is {prompt!r}: prompts must be strings.")

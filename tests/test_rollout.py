@@ -124,10 +124,18 @@ def test_equals_completions_run_one_after_another(policy, conditioning, sde_type
 
 
 @pytest.mark.parametrize(
-    "completions, stride, evaluations, calls, batch_size",
-    [(True, 1, 55, 10, None), (True, 1, 55, None, 4), (True, 2, 30, 10, None), (False, 1, 10, 10, None)],
+    "completions, stride, evaluations, calls, batch_size, largest",
+    [
+        (True, 1, 55, 10, None, 30),
+        (True, 1, 55, 55, 3, 3),  # each call is one latent of each sample
+        (True, 1, 55, 55, 5, 3),
+        (True, 1, 55, 30, 6, 6),
+        (True, 1, 55, 110, 2, 2),  # two samples, then one
+        (True, 2, 30, 10, None, 15),
+        (False, 1, 10, 10, None, 3),
+    ],
 )
-def test_cost(policy, conditioning, completions, stride, evaluations, calls, batch_size):
+def test_cost(policy, conditioning, completions, stride, evaluations, calls, batch_size, largest):
     """Counted where it arises: rows that go through the denoiser."""
     rows = []
     hook = policy.denoiser.register_forward_pre_hook(
@@ -149,7 +157,7 @@ def test_cost(policy, conditioning, completions, stride, evaluations, calls, bat
     hook.remove()
     assert sum(rows) == evaluations * len(INDEX)
     assert policy.evaluations - counted == sum(rows)
-    assert len(rows) == calls if batch_size is None else max(rows) == batch_size
+    assert (len(rows), max(rows)) == (calls, largest)
 
 
 def test_first_completion_is_the_ode_image_from_the_same_noise(policy, conditioning):

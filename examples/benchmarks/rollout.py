@@ -26,7 +26,6 @@ from transformers import HfArgumentParser
 from flow_trl import PipelinePolicy, tiny
 from flow_trl.credit import incremental_rewards
 from flow_trl.policy import Conditioning
-from flow_trl.rewards.scene import SceneReward
 from flow_trl.rollout import Trajectory, rollout
 from flow_trl.transitions import flow_step
 
@@ -195,7 +194,7 @@ def main() -> None:
             columns = {name: values * len(finals["wavefront"]) for name, values in examples.items()}
             for name in orders:
                 scores = torch.tensor(
-                    SceneReward()(images=images[name], include=columns["include"], exclude=columns["exclude"])
+                    tiny.scene_reward()(images=images[name], include=columns["include"], exclude=columns["exclude"])
                 )
                 signs[name].append(incremental_rewards(scores.view(-1, arguments.num_images).T).sign())
 

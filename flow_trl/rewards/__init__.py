@@ -9,7 +9,8 @@ f(prompts=[...], images=[...], **columns) -> list[float | None]
 
 * `prompts` (`list[str]`): the prompt of each image.
 * `images` (`list[PIL.Image.Image]`): the images to score, as many as there are prompts. For videos of more than one
-  frame each is a list of frames; the built-in functions take single images.
+  frame each is a list of frames. Whether a built-in function takes those is its attribute `takes_videos`: the CLIP
+  models' do (mean over frames), the others raise. A function without that attribute is taken to.
 * `columns` (`list` each): every other column of the data set, by its name, one entry per image. A function names the
   columns that it needs and takes the others with `**columns`.
 
@@ -33,31 +34,55 @@ async def judged(prompts, images, question, **columns):  # the data set has a co
 trainer = TPGRPOTrainer(model, reward_funcs=["ocr", darkness, judged], ...)
 ```
 
-Built-in names: `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`]), `"ocr"` ([`~rewards.ocr.OCRReward`]),
-[`~rewards.jpeg.jpeg_compressibility`] and [`~rewards.jpeg.jpeg_incompressibility`]; and, which load a CLIP model from
-the Hub, `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"` ([`~rewards.clip.PickScore`]) and `"aesthetic"`
-([`~rewards.clip.AestheticScore`]).
+Built-in names: `"ocr"` ([`~rewards.ocr.OCRReward`]), [`~rewards.jpeg.jpeg_compressibility`] and
+[`~rewards.jpeg.jpeg_incompressibility`]; and, which load a model from the Hub, `"geneval"` and `"geneval_strict"`,
+also called `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`] with
+[`~rewards.scene.TransformersDetector`]), `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"`
+([`~rewards.clip.PickScore`]) and `"aesthetic"` ([`~rewards.clip.AestheticScore`]). The tiny world has scene rewards of
+its own, [`~flow_trl.tiny.scene_reward`].
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .remote import RemoteReward as RemoteReward
 
 
 def _load(module: str, name: str) -> Any:
     return getattr(import_module(f"flow_trl.rewards.{module}"), name)
 
 
+@cache  # its model is large, and one serves all rewards
+def _detector() -> Callable:
+    return _load("scene", "TransformersDetector")()
+
+
+def _scene_reward(name: str) -> Callable:
+    return _load("scene", "SceneReward")(_detector(), strict=name.endswith("_strict"), name=name)
+
+
 BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
     "aesthetic": lambda: _load("clip", "AestheticScore")(),
     "clip_score": lambda: _load("clip", "ClipScore")(),
+    "geneval": lambda: _scene_reward("geneval"),
+    "geneval_strict": lambda: _scene_reward("geneval_strict"),
     "jpeg_compressibility": lambda: _load("jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": lambda: _load("jpeg", "jpeg_incompressibility"),
     "ocr": lambda: _load("ocr", "OCRReward")(),
     "pickscore": lambda: _load("clip", "PickScore")(),
-    "scene": lambda: _load("scene", "SceneReward")(),
-    "scene_strict": lambda: _load("scene", "SceneReward")(strict=True),
+    "scene": lambda: _scene_reward("scene"),
+    "scene_strict": lambda: _scene_reward("scene_strict"),
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RemoteReward":
+        return _load("remote", "RemoteReward")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_reward_func(reward: str | Callable) -> Callable:
@@ -123,3 +148,30 @@ def reward_name(func: Callable) -> str:
     ```
     """
     return getattr(func, "__name__", type(func).__name__)
+
+
+def refuse_videos(name: str, images: list) -> None:
+    """
+    Raises if images are videos, for a reward function that takes single images.
+
+    Args:
+        name (`str`):
+            Name of the reward function.
+        images (`list`):
+            What it was given.
+
+    Raises:
+        ValueError: if an entry of `images` is a list.
+
+    Example:
+
+    ```python
+    >>> refuse_videos("ocr", [image, image])
+    ```
+    """
+    if any(isinstance(image, list) for image in images):
+        raise ValueError(
+            f"The reward `{name}` takes single images, but `images` has videos (lists of frames). Pass a function of "
+            f"your own that picks frames and calls this one, such as `def {name}_at_end(images, **columns): return "
+            f"{name}(images=[frames[-1] for frames in images], **columns)`."
+        )

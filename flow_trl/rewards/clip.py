@@ -1,5 +1,6 @@
 """Rewards from a CLIP model: agreement of image and prompt, human preference and aesthetics."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class ClipEncoder:
 
 class _ClipReward:
     __name__: str
+    takes_videos = True
 
     def __init__(
         self,
@@ -140,24 +142,31 @@ class _ClipReward:
         processor: str | Path | CLIPProcessor | None,
         device: str | torch.device | None,
         batch_size: int,
+        num_frames: int,
     ):
+        if num_frames < 1:
+            raise ValueError(f"`num_frames` is {num_frames}: it must be 1 or more.")
+        self.num_frames = num_frames
         self.encoder = ClipEncoder(model, processor, device=device, batch_size=batch_size)
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: list[str], images: list[Image.Image] | list[list[Image.Image]], **columns: Any
+    ) -> list[float]:
         """
-        Scores images.
+        Scores images or videos.
 
         Args:
             prompts (`list[str]`):
                 The prompt of each image; what goes beyond the model's context is cut off.
-            images (`list[PIL.Image.Image]`):
-                Images of any size and mode. The processor resizes them and cuts out the middle.
+            images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+                Images of any size and mode, or videos as lists of frames. The processor resizes them and cuts out the
+                middle.
             columns:
                 Not used.
 
         Returns:
-            `list[float]`: one score per image.
+            `list[float]`: one score per image; for a video the mean of `num_frames` frames.
 
         Raises:
             ValueError: if there are not as many prompts as images.
@@ -167,17 +176,24 @@ class _ClipReward:
                 f"The reward `{self.__name__}` got {len(prompts)} `prompts` and {len(images)} `images`: pass one "
                 "prompt per image."
             )
-        step = self.encoder.batch_size
-        scores: list[float] = []
-        for start in range(0, len(images), step):
-            scores += self._score(prompts[start : start + step], images[start : start + step]).tolist()
-        return scores
+        videos = [self._pick(image) if isinstance(image, list) else [image] for image in images]
+        frames = [frame for video in videos for frame in video]
+        prompts = [prompt for prompt, video in zip(prompts, videos, strict=True) for _ in video]
+        step, scores = self.encoder.batch_size, []
+        for start in range(0, len(frames), step):
+            scores += self._score(prompts[start : start + step], frames[start : start + step]).tolist()
+        of_frames = iter(scores)
+        return [sum(islice(of_frames, len(video))) / len(video) for video in videos]
+
+    def _pick(self, video: list[Image.Image]) -> list[Image.Image]:
+        """The middle frame of each of `num_frames` equal parts, or all frames if there are fewer."""
+        count = min(self.num_frames, len(video))
+        return [video[(2 * i + 1) * len(video) // (2 * count)] for i in range(count)]
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         raise NotImplementedError
 
     def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        # Left to the processor, the frames of a video would become images of their own.
         images = [image.convert("RGB") for image in images]
         return self.encoder._embed(self.encoder.processor(images=images, return_tensors="pt").pixel_values)
 
@@ -211,12 +227,15 @@ class ClipScore(_ClipReward):
             Where the model is moved to, see [`ClipEncoder`].
         batch_size (`int`, *optional*, defaults to `64`):
             Images per forward pass.
+        num_frames (`int`, *optional*, defaults to `8`):
+            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
 
     Attributes:
         encoder ([`ClipEncoder`]): what embeds the images; it has the model and its processor.
 
     Raises:
-        ValueError: if no CLIP or processor can be loaded, the two do not fit, or `batch_size` is below 1.
+        ValueError: if no CLIP or processor can be loaded, the two do not fit, or `batch_size` or `num_frames` is below
+            1.
         TypeError: if `model` or `processor` is of another type.
 
     Example:
@@ -241,8 +260,9 @@ class ClipScore(_ClipReward):
         *,
         device: str | torch.device | None = None,
         batch_size: int = 64,
+        num_frames: int = 8,
     ):
-        super().__init__(model, processor, device, batch_size)
+        super().__init__(model, processor, device, batch_size, num_frames)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return 100 * self._cosine(prompts, images).clamp(min=0)
@@ -268,12 +288,15 @@ class PickScore(_ClipReward):
             Where the model is moved to, see [`ClipEncoder`].
         batch_size (`int`, *optional*, defaults to `64`):
             Images per forward pass.
+        num_frames (`int`, *optional*, defaults to `8`):
+            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
 
     Attributes:
         encoder ([`ClipEncoder`]): what embeds the images; it has the model and its processor.
 
     Raises:
-        ValueError: if no CLIP or processor can be loaded, the two do not fit, or `batch_size` is below 1.
+        ValueError: if no CLIP or processor can be loaded, the two do not fit, or `batch_size` or `num_frames` is below
+            1.
         TypeError: if `model` or `processor` is of another type.
 
     Example:
@@ -296,12 +319,13 @@ class PickScore(_ClipReward):
         *,
         device: str | torch.device | None = None,
         batch_size: int = 64,
+        num_frames: int = 8,
     ):
         if processor is None:
             folder = Path(model.name_or_path if isinstance(model, CLIPModel) else str(model))
             if not any((folder / name).is_file() for name in PROCESSOR_FILES):
                 processor = PICKSCORE_PROCESSOR
-        super().__init__(model, processor, device, batch_size)
+        super().__init__(model, processor, device, batch_size, num_frames)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return self.encoder.model.logit_scale.exp() * self._cosine(prompts, images)
@@ -327,13 +351,16 @@ class AestheticScore(_ClipReward):
             Where the model is moved to, see [`ClipEncoder`].
         batch_size (`int`, *optional*, defaults to `64`):
             Images per forward pass.
+        num_frames (`int`, *optional*, defaults to `8`):
+            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
 
     Attributes:
         encoder ([`ClipEncoder`]): what embeds the images; it has the model and its processor.
         head (`torch.nn.Sequential`): the network, from `encoder.dim` numbers to one.
 
     Raises:
-        ValueError: if no CLIP, processor or head can be loaded, one does not fit another, or `batch_size` is below 1.
+        ValueError: if no CLIP, processor or head can be loaded, one does not fit another, or `batch_size` or
+            `num_frames` is below 1.
         TypeError: if `model` or `processor` is of another type.
 
     Example:
@@ -357,8 +384,9 @@ class AestheticScore(_ClipReward):
         head: str | Path = AESTHETIC_HEAD,
         device: str | torch.device | None = None,
         batch_size: int = 64,
+        num_frames: int = 8,
     ):
-        super().__init__(model, processor, device, batch_size)
+        super().__init__(model, processor, device, batch_size, num_frames)
         self.head = _load_head(head, self.encoder.dim).to(self.encoder.model.device)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:

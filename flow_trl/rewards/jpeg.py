@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from . import refuse_videos
+
 
 def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
     """
@@ -21,6 +23,9 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
     Returns:
         `list[float]`: one reward per image, below 0. Images of equal size only should be compared.
 
+    Raises:
+        ValueError: if an image is a video.
+
     Example:
 
     ```python
@@ -31,6 +36,7 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
     [-0.643]
     ```
     """
+    refuse_videos("jpeg_compressibility", images)
     return [-_kilobytes(image) for image in images]
 
 
@@ -49,6 +55,9 @@ def jpeg_incompressibility(prompts: list[str], images: list[Image.Image], **colu
     Returns:
         `list[float]`: one reward per image, above 0. Images of equal size only should be compared.
 
+    Raises:
+        ValueError: if an image is a video.
+
     Example:
 
     ```python
@@ -59,7 +68,11 @@ def jpeg_incompressibility(prompts: list[str], images: list[Image.Image], **colu
     [0.643]
     ```
     """
+    refuse_videos("jpeg_incompressibility", images)
     return [_kilobytes(image) for image in images]
+
+
+jpeg_compressibility.takes_videos = jpeg_incompressibility.takes_videos = False
 
 
 def _kilobytes(image: Image.Image) -> float:

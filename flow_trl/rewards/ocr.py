@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..utils import import_extra
+from . import refuse_videos
 
 
 # Up to this size an image is taken as one word and read without looking for text boxes first.
@@ -52,6 +53,7 @@ class OCRReward:
     """
 
     __name__ = "ocr"
+    takes_videos = False
 
     def __init__(self):
         purpose = "The OCR reward (Python 3.12 at most)"
@@ -88,7 +90,11 @@ class OCRReward:
 
         Returns:
             `list[float | None]`: one score in [0, 1] per image, `None` where there is no target.
+
+        Raises:
+            ValueError: if an image is a video.
         """
+        refuse_videos(self.__name__, images)
         targets = [
             _normalise(_quoted(prompt) if target is None else target)
             for prompt, target in zip(prompts, text or [None] * len(prompts), strict=True)

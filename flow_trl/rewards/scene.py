@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from . import refuse_videos
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Detection:
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
+MASK2FORMER = "facebook/mask2former-swin-large-coco-instance"
 GENEVAL_COLORS = {
     "red": (220, 30, 30),
     "orange": (250, 140, 20),
@@ -179,31 +183,41 @@ class SceneReward:
     Reward for scenes described by GenEval metadata: a detector finds objects, [`score_scene`] compares.
 
     Args:
-        detector (`Callable`, *optional*):
-            Maps a list of PIL images to a list of lists of [`Detection`]. Defaults to that of the tiny world
-            ([`~flow_trl.tiny.detector.detect_shapes`]); for photos use [`TransformersDetector`].
+        detector (`Callable`):
+            Maps a list of PIL images to a list of lists of [`Detection`]: [`TransformersDetector`] for photos,
+            [`~flow_trl.tiny.detector.detect_shapes`] for the tiny world.
         strict (`bool`, *optional*, defaults to `False`):
-            Whether to return GenEval's strict accuracy, 0 or 1, rather than the graded score in [0, 1]. The name of
-            the reward is `"scene_strict"` or `"scene"` accordingly.
+            Whether to return GenEval's strict accuracy, 0 or 1, rather than the graded score in [0, 1].
+        name (`str`, *optional*):
+            Name under which the reward is logged. Defaults to `"scene_strict"` if strict, else `"scene"`.
+
+    Raises:
+        TypeError: if `detector` is missing or no callable.
 
     Example:
 
     ```python
     >>> from flow_trl.tiny import load_prompts
+    >>> from flow_trl.tiny.detector import detect_shapes
     >>> from flow_trl.tiny.scenes import render_scene
     >>> row = load_prompts("scenes", "test")[0]
     >>> image = render_scene(row["include"], seed=0)
-    >>> SceneReward()(prompts=[row["prompt"]], images=[image], include=[row["include"]])
+    >>> SceneReward(detect_shapes)(prompts=[row["prompt"]], images=[image], include=[row["include"]])
     [1.0]
     ```
     """
 
-    def __init__(self, detector: Detector | None = None, strict: bool = False):
-        if detector is None:
-            from flow_trl.tiny.detector import detect_shapes as detector
+    takes_videos = False
+
+    def __init__(self, detector: Detector | None = None, strict: bool = False, name: str | None = None):
+        if not callable(detector):
+            raise TypeError(
+                f"`detector` is {detector!r}: pass a function that finds objects in images, `TransformersDetector()` "
+                "for photos or `flow_trl.tiny.detector.detect_shapes` for the tiny world."
+            )
         self.detector = detector
         self.strict = strict
-        self.__name__ = "scene_strict" if strict else "scene"
+        self.__name__ = name or ("scene_strict" if strict else "scene")
 
     def __call__(
         self,
@@ -232,7 +246,7 @@ class SceneReward:
             `list[float | None]`: one score per image in [0, 1], `None` where `include` is `None`.
 
         Raises:
-            ValueError: if `include` is missing.
+            ValueError: if `include` is missing, or if an image is a video.
         """
         if include is None:
             raise ValueError(
@@ -240,6 +254,7 @@ class SceneReward:
                 'row GenEval metadata such as [{"class": "circle", "count": 1, "color": "red"}], or None where the '
                 'reward does not apply; `flow_trl.tiny.load_prompts("scenes", "train")` has such rows.'
             )
+        refuse_videos(self.__name__, images)
         applies = [i for i, entries in enumerate(include) if entries is not None]
         scores: list[float | None] = [None] * len(include)
         detections = self.detector([images[i] for i in applies]) if applies else []
@@ -258,15 +273,19 @@ class TransformersDetector:
     pixels of its mask; GenEval asks a CLIP model instead.
 
     Args:
-        model (`str` or [`~transformers.ImageSegmentationPipeline`], *optional*):
+        model (`str`, `Path` or [`~transformers.ImageSegmentationPipeline`], *optional*):
             Hub id or folder of an instance segmentation model, or a pipeline that is ready to use. Defaults to
             `"facebook/mask2former-swin-large-coco-instance"`.
         threshold (`float`, *optional*, defaults to `0.5`):
             Confidence from which an object counts. GenEval uses 0.9 for its `counting` prompts and 0.3 for the others.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs; not used if `model` is a pipeline.
+            Where the model runs; not used if `model` is a pipeline. Defaults to this process's GPU if there is one,
+            else the CPU.
         batch_size (`int`, *optional*, defaults to `8`):
             Images per forward pass.
+
+    Raises:
+        ValueError: if no instance segmentation model can be loaded.
 
     Example:
 
@@ -283,16 +302,12 @@ class TransformersDetector:
 
     def __init__(
         self,
-        model: Any = "facebook/mask2former-swin-large-coco-instance",
+        model: Any = MASK2FORMER,
         threshold: float = 0.5,
         device: Any = None,
         batch_size: int = 8,
     ):
-        if isinstance(model, str):
-            from transformers import pipeline
-
-            model = pipeline("image-segmentation", model=model, device=device)
-        self.pipeline = model
+        self.pipeline = _load_pipeline(str(model), device) if isinstance(model, str | Path) else model
         self.threshold = threshold
         self.batch_size = batch_size
 
@@ -323,3 +338,23 @@ class TransformersDetector:
                 label = GENEVAL_CLASSES.get(item["label"], item["label"])
                 found[-1].append(Detection(label, color, tuple(map(float, box)), float(item["score"])))
         return found
+
+
+def _load_pipeline(model: str, device: Any) -> Any:
+    from accelerate import PartialState
+    from transformers import pipeline
+
+    device = PartialState().device if device is None else device
+    try:
+        loaded = pipeline("image-segmentation", model=model, device=device)
+        if hasattr(loaded.image_processor, "post_process_instance_segmentation"):
+            return loaded
+        error = f"{type(loaded.model).__name__} finds no instances"
+    except (OSError, ValueError) as failure:
+        error = failure
+    raise ValueError(
+        f'`model` is "{model}", from which no instance segmentation model can be loaded ({error}). Pass the Hub id of '
+        f'one, such as "{MASK2FORMER}" (downloaded the first time, for which the network is needed), a folder that '
+        "`save_pretrained` has written, or a `transformers.ImageSegmentationPipeline`. For pictures of the tiny world "
+        "no model is needed: pass `flow_trl.tiny.scene_reward()` as the reward function."
+    ) from (error if isinstance(error, Exception) else None)

@@ -6,10 +6,19 @@ the classes that real ones have.
 from pathlib import Path
 from typing import Any
 
+from ..rewards.scene import SceneReward
 from . import arithmetic, scenes
+from .detector import detect_shapes
 
 
-__all__ = ["load_clip", "load_diffusion_pipeline", "load_flow_pipeline", "load_language_model", "load_prompts"]
+__all__ = [
+    "load_clip",
+    "load_diffusion_pipeline",
+    "load_flow_pipeline",
+    "load_language_model",
+    "load_prompts",
+    "scene_reward",
+]
 
 FLOW_FOLDER = Path(__file__).parent / "flow"
 DIFFUSION_FOLDER = Path(__file__).parent / "diffusion"
@@ -179,3 +188,26 @@ def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
 
     kwargs = {"dtype": torch.float32, **kwargs}
     return LlamaForCausalLM.from_pretrained(folder, **kwargs), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def scene_reward(strict: bool = False) -> SceneReward:
+    """
+    The reward for pictures of `load_prompts("scenes")`: are the right shapes in the right colours, numbers and places?
+
+    Args:
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to return strict accuracy, 0 or 1, rather than the graded score in [0, 1].
+
+    Returns:
+        [`~rewards.scene.SceneReward`]: with the tiny world's detector, logged as `"scene"` or `"scene_strict"`.
+
+    Example:
+
+    ```python
+    >>> row = load_prompts("scenes", "test")[0]
+    >>> image = scenes.render_scene(row["include"], seed=0)
+    >>> scene_reward()(prompts=[row["prompt"]], images=[image], include=[row["include"]])
+    [1.0]
+    ```
+    """
+    return SceneReward(detect_shapes, strict)

@@ -30,8 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm, trange
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, HfArgumentParser
 
-from ..rewards.scene import SceneReward
-from . import FLOW_FOLDER, load_flow_pipeline
+from . import FLOW_FOLDER, load_flow_pipeline, scene_reward
 from .scenes import COLORS, NUMBERS, SHAPES, load_prompts, render_scene, render_word, to_array
 
 
@@ -375,13 +374,13 @@ def evaluate(
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     scenes = load_prompts("scenes", "test").select(range(num_scenes)).to_dict()
     images = generate(pipe, scenes["prompt"], **settings)
-    strict = np.array(SceneReward(strict=True)(images=images, include=scenes["include"], exclude=scenes["exclude"]))
+    strict = np.array(scene_reward(strict=True)(images=images, include=scenes["include"], exclude=scenes["exclude"]))
     figures = {"strict scene accuracy": strict.mean()}
     for tag in TAG_WEIGHTS:
         chosen = np.array(scenes["tag"]) == tag
         if chosen.any():
             figures[f"strict scene accuracy, {tag} (n = {chosen.sum()})"] = strict[chosen].mean()
-    figures["graded scene score"] = float(np.mean(SceneReward()(images=images, include=scenes["include"])))
+    figures["graded scene score"] = float(np.mean(scene_reward()(images=images, include=scenes["include"])))
     if num_words:
         from ..rewards.ocr import OCRReward
 
@@ -400,7 +399,7 @@ def _evaluate_parts(pipe: StableDiffusion3Pipeline) -> dict[str, float]:
     rows, words = load_prompts("scenes", "test").to_dict(), load_prompts("words", "test")["text"][:200]
     include, exclude = ((rows[column] * 2)[:1000] for column in ("include", "exclude"))
     scenes = [render_scene(row, seed=10**6 + i) for i, row in enumerate(include)]
-    right = SceneReward(strict=True)(images=scenes, include=include, exclude=exclude)
+    right = scene_reward(strict=True)(images=scenes, include=include, exclude=exclude)
     figures = {"detector accuracy on ground truth": float(np.mean(right))}
     texts = [render_word(word, seed=10**6 + i) for i, word in enumerate(words)]
     for name, images in (("scenes", scenes[:200]), ("words", texts)):
@@ -414,7 +413,7 @@ def _evaluate_parts(pipe: StableDiffusion3Pipeline) -> dict[str, float]:
             figures["OCR score after the autoencoder"] = float(np.mean(ocr(images=decoded, text=words, prompts=words)))
         else:
             figures["strict accuracy after the autoencoder"] = float(
-                np.mean(SceneReward(strict=True)(images=decoded, include=include[:200], exclude=exclude[:200]))
+                np.mean(scene_reward(strict=True)(images=decoded, include=include[:200], exclude=exclude[:200]))
             )
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         figures[f"parameters of {name}"] = sum(p.numel() for p in getattr(pipe, name).parameters())

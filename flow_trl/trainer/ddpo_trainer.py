@@ -15,8 +15,9 @@ from ..credit import PerPromptRunningMoments, temporal_advantages
 from ..policy import Schedule
 from ..rollout import Trajectory
 from ..transitions import Transition, ddim_step
+from ..utils import sample_generator
 from .ddpo_config import DDPOConfig
-from .diffusion_trainer import DiffusionTrainer, sample_generator
+from .diffusion_trainer import DiffusionTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -114,13 +115,13 @@ class DDPOTrainer(DiffusionTrainer):
         self, output: torch.Tensor, sample: torch.Tensor, step: int, schedule: Schedule, **kwargs
     ) -> Transition:
         scheduler = self._scheduler(len(schedule.timesteps))
-        return ddim_step(output, sample, schedule.timesteps[step], scheduler, eta=self.args.eta, **kwargs)
+        return ddim_step(output, sample, scheduler.timesteps[step], scheduler, eta=self.args.eta, **kwargs)
 
     def _ode_step(
         self, output: torch.Tensor, sample: torch.Tensor, step: int, next_step: int, schedule: Schedule
     ) -> torch.Tensor:
         scheduler = self._scheduler(len(schedule.timesteps))
-        return scheduler.step(output, schedule.timesteps[step], sample, return_dict=False)[0]
+        return scheduler.step(output, scheduler.timesteps[step], sample, return_dict=False)[0]
 
     def _key(self, images: torch.Tensor) -> tuple:
         """
@@ -147,18 +148,17 @@ class DDPOTrainer(DiffusionTrainer):
     @torch.no_grad()
     def _step_penalties(self, trajectory: Trajectory) -> torch.Tensor:
         """KL penalty (N, T) of each step of all processes."""
-        penalties = torch.zeros_like(trajectory.log_probs)
+        penalties, device = torch.zeros_like(trajectory.log_probs), self.accelerator.device
         if self.args.beta:
             rows = torch.arange(len(penalties)).split(self.args.per_device_rollout_batch_size)
             with self._reference():
                 for k, part in itertools.product(range(penalties.shape[1]), rows):
-                    conditioning = self._conditioning[[self._prompt_index[row] for row in part]]
-                    latents, next_latents = trajectory.latents[part, k], trajectory.latents[part, k + 1]
-                    output = self._reference_policy.predict(latents, k, conditioning, trajectory.schedule)
+                    latents, next_latents = (trajectory.latents[part, i].to(device) for i in (k, k + 1))
+                    output = self._reference_policy.predict(latents, k, self._conditions(part), trajectory.schedule)
                     reference = self._transition(output, latents, k, trajectory.schedule, next_sample=next_latents)
-                    penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob
+                    penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob.cpu()
             self._record({"kl": penalties.mean().item()})
-        return self.args.beta * self.accelerator.gather(penalties).cpu()
+        return self.args.beta * self.accelerator.gather(penalties.to(device)).cpu()
 
     def _save_credit(self, folder: str) -> None:
         if self.args.should_save:

@@ -61,8 +61,17 @@ class DiffusionConfig(TrainingArguments):
             Number of images per prompt in a generation (the group).
         generation_batch_size (`int`, *optional*, defaults to `1152`):
             Number of images in a generation, over all processes. Must be a multiple of `num_generations`.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            Whether a loss that is not finite is left out of the logs. To look at it, each micro-batch waits for the GPU.
         per_device_rollout_batch_size (`int`, *optional*, defaults to `16`):
-            Largest number of latents in one call of the denoiser or the decoder while sampling.
+            Number of images that are sampled together, with all their completions: the number of latents in each call of
+            the denoiser. Memory is that of two such chunks of images, however large a generation is.
+        per_device_decode_batch_size (`int`, *optional*):
+            Largest number of latents in one call of the decoder. If not set, `per_device_rollout_batch_size` (in
+            evaluation `per_device_eval_batch_size`).
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Whether the text encoders wait on the CPU except while they encode. Each prompt is encoded once (embeddings
+            are kept on the CPU, up to 2 GiB), so this costs little.
         updates_per_generation (`int`, *optional*, defaults to `2`):
             Number of parts into which a generation's images are split, with one optimizer update each.
         num_iterations (`int`, *optional*, defaults to `1`):
@@ -80,6 +89,17 @@ class DiffusionConfig(TrainingArguments):
         reward_weights (`list[float]`, *optional*):
             Weight of each function in `reward_funcs` that is not out of domain. If not set, all are 1. A function of
             weight 0 is only logged, and scores only finished images.
+        overlap_rewards (`bool`, *optional*, defaults to `True`):
+            Whether the images of one chunk are scored, in a thread, while the next chunk is sampled. The results are the
+            same. Set it to `False` for rewards that need the GPU to themselves, or the main thread.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take. If not set, any time.
+        reward_retries (`int`, *optional*, defaults to `0`):
+            How many times a call that failed is repeated, after 1, 2, 4, ... seconds (at most 60).
+        reward_on_error (`str`, *optional*, defaults to `"raise"`):
+            What follows after the last try: `"raise"` ends the training, after a checkpoint and with the sampled images
+            on disk, so that a resumed run does not sample them again; with `"none"` the function does not apply to these
+            images, which are counted (`rewards/<name>/failed`).
         out_of_domain_rewards (`list[str]`, *optional*):
             Rewards to watch for over-optimisation: names of built-in ones, or of functions in `reward_funcs`. They are
             scored at each evaluation, and never trained on ([`~callbacks.OverOptimizationCallback`] draws them).
@@ -97,7 +117,9 @@ class DiffusionConfig(TrainingArguments):
         num_images_to_save (`int`, *optional*, defaults to `16`):
             Number of images in the grid that each evaluation leaves in `output_dir/images` and in the trackers.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to leave such a grid of training images at every `logging_steps` too.
+            Whether to leave such a grid of training images at every `logging_steps` too, and a table of all images of the
+            generation (`output_dir/completions/*.parquet`: prompt, scores, advantages, what reward functions gave to
+            `log_extra`).
 
     Raises:
         TypeError: if an argument has another type than its annotation.
@@ -113,6 +135,9 @@ class DiffusionConfig(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Whether to train in bfloat16. If not set, `True` on GPUs that have it."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether a loss that is not finite is left out of the logs."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Not used: every column reaches the reward functions."}
@@ -137,7 +162,13 @@ class DiffusionConfig(TrainingArguments):
         default=1152, metadata={"help": "Number of images in a generation, over all processes."}
     )
     per_device_rollout_batch_size: int = field(
-        default=16, metadata={"help": "Largest number of latents in one call of the denoiser while sampling."}
+        default=16, metadata={"help": "Number of images that are sampled together, with all their completions."}
+    )
+    per_device_decode_batch_size: int | None = field(
+        default=None, metadata={"help": "Largest number of latents in one call of the decoder."}
+    )
+    offload_text_encoders: bool = field(
+        default=False, metadata={"help": "Whether the text encoders wait on the CPU except while they encode."}
     )
     updates_per_generation: int = field(default=2, metadata={"help": "Number of updates per pass over a generation."})
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over a generation."})
@@ -149,6 +180,16 @@ class DiffusionConfig(TrainingArguments):
     adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus or minus this."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; 0 only logs it. If not set, all are 1."}
+    )
+    overlap_rewards: bool = field(
+        default=True, metadata={"help": "Whether to score images in a thread while the next ones are sampled."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that one call of a reward function may take."}
+    )
+    reward_retries: int = field(default=0, metadata={"help": "How many times a failed reward call is repeated."})
+    reward_on_error: str = field(
+        default="raise", metadata={"help": "What follows after the last try.", "choices": ["raise", "none"]}
     )
     out_of_domain_rewards: list[str] | None = field(
         default=None, metadata={"help": "Names of rewards that are scored at each evaluation and never trained on."}
@@ -176,17 +217,31 @@ class DiffusionConfig(TrainingArguments):
         """Number of sweeps over the images that one pass over a generation takes, each with updates of its own."""
         return 1
 
+    @classmethod
+    def _own_fields(cls) -> dict[str, Any]:
+        """The fields that [`~transformers.TrainingArguments`] has not, or has with other defaults: their annotations."""
+        classes = [base for base in cls.__mro__ if issubclass(base, DiffusionConfig)]
+        return {
+            name: annotation
+            for base in reversed(classes)
+            for name, annotation in inspect.get_annotations(base, eval_str=True).items()
+        }
+
+    @property
+    def sampling_arguments(self) -> dict[str, Any]:
+        """What samples may depend on: all fields but those that say how they are scored."""
+        names = [name for name in self._own_fields() if not name.startswith(("reward_", "overlap_", "out_of_domain_"))]
+        return {name: getattr(self, name) for name in ("seed", *names)}
+
     def _check(self, name: str, condition: bool, remedy: str) -> None:
         if not condition:
             raise ValueError(f"`{name}={getattr(self, name)!r}` does not work: {remedy}.")
 
     def _check_types(self) -> None:
-        for cls in type(self).__mro__:
-            if issubclass(cls, DiffusionConfig):
-                for name, annotation in inspect.get_annotations(cls, eval_str=True).items():
-                    value, expected = getattr(self, name), inspect.formatannotation(annotation)
-                    if not _fits(value, annotation):
-                        raise TypeError(f"`{name}={value!r}` is a {type(value).__name__}: it must be `{expected}`.")
+        for name, annotation in self._own_fields().items():
+            value, expected = getattr(self, name), inspect.formatannotation(annotation)
+            if not _fits(value, annotation):
+                raise TypeError(f"`{name}={value!r}` is a {type(value).__name__}: it must be `{expected}`.")
 
     def _validate(self) -> None:
         """Checks what needs no pipeline and no data."""
@@ -196,6 +251,15 @@ class DiffusionConfig(TrainingArguments):
         for name in positive:
             self._check(name, getattr(self, name) >= 1, "it must be at least 1")
         self._check("num_inference_steps", self.num_inference_steps >= 2, "it must be at least 2")
+        if self.per_device_decode_batch_size is not None:
+            self._check(
+                "per_device_decode_batch_size", self.per_device_decode_batch_size >= 1, "it must be at least 1"
+            )
+        if self.reward_timeout is not None:
+            valid = 0 < self.reward_timeout < math.inf
+            self._check("reward_timeout", valid, "it must be above 0, in seconds; `None` sets no limit")
+        self._check("reward_retries", self.reward_retries >= 0, "it must not be negative")
+        self._check("reward_on_error", self.reward_on_error in ("raise", "none"), "choose 'raise' or 'none'")
         self._check("epsilon", self.epsilon > 0, "it must be above 0; 1e-5 (flow) and 1e-4 (diffusion) are usual")
         self._check("beta", 0 <= self.beta < math.inf, "it must not be negative; 0 switches the KL term off")
         self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; 5 is usual")

@@ -1,104 +1,69 @@
-"""What all trainers of diffusers pipelines share: generations, rewards, micro-batches, evaluation, saving."""
+"""What all trainers of diffusers pipelines share: from prompts through images and rewards to a clipped loss."""
 
-import asyncio
 import copy
 import hashlib
-import inspect
-import math
-import numbers
 import os
-import shutil
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import diffusers
+import pandas as pd
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl.trainer.utils import disable_dropout_in_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
-from .. import __version__
 from ..callbacks import EMACallback, log_image, save_image_grid
+from ..cards import diffusion_card
+from ..checkpoints import Checkpoints, fingerprint
+from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
+from ..loading import load_pipeline, prepare_denoiser
 from ..policy import Conditioning, PipelinePolicy, Schedule
-from ..rewards import BUILT_IN_REWARDS, get_reward_func, reward_name
 from ..rollout import Trajectory, euler_step, rollout
-from ..tiny import DIFFUSION_FOLDER, FLOW_FOLDER
+from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
+from ..utils import check_prompts, sample_generator, to_pil
 from .diffusion_config import DiffusionConfig
 
 
-RewardFunc = str | Callable[..., list[float | None]]
+logger = logging.get_logger(__name__)
 
 
-def sample_generator(*key: Any) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on `key` alone, not on processes, batches or earlier draws."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+class _Training:
+    """A module in training mode: attributes and forward are the module's, `train` does not walk over it again."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._module(*args, **kwargs)
+
+    def train(self) -> None:
+        pass
 
 
-@dataclass
-class Generation:
-    """
-    This process's share of one round of sampling: n images with K trained steps, in U updates.
-
-    Args:
-        rows (`torch.Tensor` of shape `(n,)`): row of each image's prompt in the data set.
-        latents (`torch.Tensor` of shape `(n, K + 1, ...)`): as in [`~flow_trl.rollout.Trajectory`].
-        log_probs (`torch.Tensor` of shape `(n, K)`): as in [`~flow_trl.rollout.Trajectory`].
-        advantages (`torch.Tensor` of shape `(n, K)`): advantage of each step.
-        weights (`torch.Tensor` of shape `(n,)`): weight of each image in its update's loss, 0 if it is skipped.
-        order (`torch.Tensor` of shape `(U, n / U)`): images of each update; skipped ones (of groups in which every
-            advantage is 0) come first.
-        skipped (`torch.Tensor` of shape `(U,)`): leading images of each update that no process needs to evaluate.
-        timesteps, sigmas (`torch.Tensor`): the schedule.
-        first_step (`torch.Tensor` of shape `()`): index of the first trained step.
-    """
-
-    rows: torch.Tensor
-    latents: torch.Tensor
-    log_probs: torch.Tensor
-    advantages: torch.Tensor
-    weights: torch.Tensor
-    order: torch.Tensor
-    skipped: torch.Tensor
-    timesteps: torch.Tensor
-    sigmas: torch.Tensor
-    first_step: torch.Tensor
-
-    def save(self, path: str) -> None:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in vars(self).items()}, path)
-
-    @classmethod
-    def load(cls, path: str, device: torch.device) -> "Generation":
-        tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-        return cls(**(tensors | {"sigmas": tensors["sigmas"].cpu()}))
-
-
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(Checkpoints, Trainer):
     """
     Shared parent of the trainers of diffusers pipelines; not used by itself.
 
-    Data flows one way: rows of the data set, prompts, rollout, rewards, credit, advantages of shape `(N, K)`, replayed
-    transitions, clipped loss. A subclass says what a stochastic step is (`_transition`), which steps are stochastic
+    Data flows one way: rows of the data set, prompts, rollout chunk by chunk, images, scores, credit, advantages of shape
+    `(N, K)`, replayed transitions, clipped loss. A subclass says what a stochastic step is (`_transition`), which steps are stochastic
     (`_stochastic_steps`) and what each step earned (`_advantages`).
 
     Args:
@@ -141,48 +106,22 @@ class DiffusionTrainer(Trainer):
     ):
         if not isinstance(args, self._config_class):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, not {type(args).__name__} ({args!r}).")
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not reward_funcs:
-            raise ValueError("`reward_funcs=[]` is empty: pass at least one reward function or name.")
-        self.reward_funcs = [get_reward_func(reward) for reward in reward_funcs]
-        self.reward_names = [reward_name(reward) for reward in self.reward_funcs]
-        if len(set(self.reward_names)) < len(self.reward_names):
-            raise ValueError(f"`reward_funcs` have the names {self.reward_names}: give each its own `__name__`.")
-        out_of_domain = list(dict.fromkeys(args.out_of_domain_rewards or []))
-        trained = [name for name in self.reward_names if name not in out_of_domain]
-        if not trained:
-            raise ValueError(
-                f"`out_of_domain_rewards={out_of_domain}` leaves none of `reward_funcs` to train on: pass one that is not "
-                "among them."
-            )
-        for name in out_of_domain:
-            if name not in self.reward_names:
-                if name not in BUILT_IN_REWARDS:
-                    raise ValueError(
-                        f"`out_of_domain_rewards={out_of_domain}` has {name!r}, which is neither a built-in reward "
-                        f"({', '.join(BUILT_IN_REWARDS)}) nor among `reward_funcs` ({', '.join(self.reward_names)}): add "
-                        "the function to `reward_funcs`."
-                    )
-                self.reward_funcs.append(get_reward_func(name))
-                self.reward_names.append(name)
-        weights = [1.0] * len(trained) if args.reward_weights is None else args.reward_weights
-        if len(weights) != len(trained):
-            raise ValueError(
-                f"`reward_weights={weights}` has {len(weights)} entries for the {len(trained)} reward functions "
-                f"{trained}: pass one weight for each."
-            )
-        weight_of = dict(zip(trained, weights, strict=True))
-        self.reward_weights = torch.tensor([weight_of.get(name, 0.0) for name in self.reward_names])
-        self._in_domain = [f for f, name in enumerate(self.reward_names) if name in weight_of]
-
+        self.scorer = Scorer(
+            reward_funcs,
+            args.reward_weights,
+            args.out_of_domain_rewards,
+            reward_timeout=args.reward_timeout,
+            reward_retries=args.reward_retries,
+            reward_on_error=args.reward_on_error,
+        )
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        sets = {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in sets.items()}
+        sets = {
+            name: dataset for name, dataset in {"train_dataset": train_dataset, **sets}.items() if dataset is not None
+        }
+        for name, dataset in sets.items():
+            self._check_dataset(name, dataset)
         prompts_per_generation = args.generation_batch_size // args.num_generations
-        for name, dataset in {
-            "train_dataset": train_dataset,
-            **({f"eval_dataset[{key!r}]": value for key, value in eval_dataset.items()}
-               if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}),
-        }.items():  # fmt: skip
-            if dataset is not None:
-                self._check_dataset(name, dataset)
         if train_dataset is not None and len(train_dataset) < prompts_per_generation:
             raise ValueError(
                 f"`train_dataset` has {len(train_dataset)} prompts, but a generation needs {prompts_per_generation} = "
@@ -191,54 +130,30 @@ class DiffusionTrainer(Trainer):
             )
         self._generations_per_epoch = len(train_dataset) // prompts_per_generation if train_dataset is not None else 0
 
-        if not isinstance(model, str | DiffusionPipeline):
-            raise TypeError(
-                f"`model` is a {type(model).__name__}: pass a Hub id, a folder or a diffusers pipeline (the whole "
-                "pipeline, not its denoiser)."
-            )
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
+        dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
+        self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
         self.model_name = str(model if isinstance(model, str) else model.name_or_path or type(model).__name__)
-        if isinstance(model, str):
-            init_kwargs = {"dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32}
-            init_kwargs |= args.model_init_kwargs or {}
-            if isinstance(init_kwargs["dtype"], str):  # from the command line
-                init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
-            components = DiffusionPipeline.load_config(model) if os.path.isdir(model) else {}
-            absent = {name: None for name, value in components.items() if value == [None, None]}  # saved without them
-            model = DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
-        self._check_pipeline(model)
-        self.pipe = model
-        options = {"negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
-        self.policy = PipelinePolicy(model, guidance_scale=args.guidance_scale, **options)
+        self._check_pipeline(self.pipe)
+        options = {
+            "negative_prompt": args.negative_prompt,
+            "offload_text_encoders": args.offload_text_encoders,
+            **(args.pipeline_kwargs or {}),
+        }
+        self.policy = PipelinePolicy(self.pipe, guidance_scale=args.guidance_scale, **options)
         eval_guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
-        self.eval_policy = PipelinePolicy(model, guidance_scale=eval_guidance, **options)
+        self.eval_policy = PipelinePolicy(self.pipe, guidance_scale=eval_guidance, **options)
+        self._sampler = Sampler(self.policy, self.scorer, args.overlap_rewards)
+        self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards)
+        for name, dataset in sets.items():
+            self.scorer.check(name, self._columns(dataset), videos=self.policy.makes_videos)
 
         denoiser = self.policy.denoiser
-        for component in model.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
-        adapted = bool(getattr(denoiser, "peft_config", None))
         set_seed(args.seed)  # the adapter's weights are drawn before `Trainer` does this
-        if peft_config is not None:
-            if adapted:
-                raise ValueError(
-                    f"`peft_config` was given, but the pipeline already has the adapters {list(denoiser.peft_config)}: "
-                    "leave `peft_config` out to train on, or call `pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
-                )
-            try:
-                denoiser.add_adapter(peft_config)
-            except ValueError as error:
-                denoiser._hf_peft_config_loaded = False  # or diffusers refuses a corrected one on this pipeline
-                raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
-        elif adapted:
-            denoiser.set_adapter(denoiser.active_adapters())
-        else:
-            denoiser.requires_grad_(True)
-        self.is_lora = adapted or peft_config is not None
+        self.is_lora = prepare_denoiser(self.pipe, denoiser, peft_config)
         if args.bf16 or args.fp16:
             cast_training_params(denoiser, dtype=torch.float32)
-        disable_dropout_in_model(denoiser)
         if args.activation_checkpointing:
             denoiser.activation_checkpointing_enable = lambda **kwargs: denoiser.enable_gradient_checkpointing()
 
@@ -264,10 +179,12 @@ class DiffusionTrainer(Trainer):
                 f"and `args.generation_batch_size={args.generation_batch_size}`: make `args` in the process that trains, "
                 "and do not change its batch sizes afterwards."
             )
-        for component in model.components.values():
+        for name, component in self.pipe.components.items():
+            offloaded = args.offload_text_encoders and name.startswith("text_encoder")
             if isinstance(component, torch.nn.Module) and component is not denoiser:
-                component.to(self.accelerator.device)
+                component.to("cpu" if offloaded else self.accelerator.device)
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
+        self._adapter_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         self.ema = None
         if args.ema_decay:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -280,9 +197,17 @@ class DiffusionTrainer(Trainer):
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
         self._resumed_from: str | None = None
-        self._save_samples_next: tuple[list, str] | None = None
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._completions: tuple[list, dict[str, list]] | None = None
+        self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
+
+    @staticmethod
+    def _columns(dataset: datasets.Dataset) -> list[str]:
+        return [column for column in dataset.column_names if column != "prompt"]
+
+    def _check_dataset(self, name: str, dataset: Any) -> None:
+        check_prompts(name, dataset)
+        self.scorer.check(name, self._columns(dataset))
 
     # What a subclass adds
 
@@ -321,7 +246,7 @@ class DiffusionTrainer(Trainer):
     def _load_credit(self, folder: str) -> None:
         """Reads what `_save_credit` wrote."""
 
-    # Rollout and rewards
+    # A generation: prompts, images, scores, advantages
 
     @property
     def _updates_per_generation(self) -> int:
@@ -337,208 +262,142 @@ class DiffusionTrainer(Trainer):
         rows = rows[index * prompts : (index + 1) * prompts].repeat_interleave(self.args.num_generations)
         return rows.tolist()
 
-    def _encode(self, rows: list[int]) -> tuple[Conditioning, list[int]]:
-        """Conditioning of the distinct prompts of `rows`, and each row's index in it."""
-        distinct = {row: index for index, row in enumerate(dict.fromkeys(rows))}
-        return self.policy.encode(self.train_dataset[list(distinct)]["prompt"]), [distinct[row] for row in rows]
-
-    def _progress(self, total: int, description: str) -> tqdm:
-        disabled = self.args.disable_tqdm or not self.is_local_process_zero()
-        return tqdm(total=total, desc=description, leave=False, disable=disabled)
-
-    def _decode(
-        self, policy: PipelinePolicy, latents: torch.Tensor, conditioning: Conditioning, index: list[int], size: int
-    ):
-        rows = torch.as_tensor(index).split(size)
-        parts = zip(latents.split(size), rows, strict=True)
-        return [image for part, row in parts for image in policy.decode(part, conditioning[row])]
-
-    def _score(self, images: list, examples: dict[str, list], asked: list[int]) -> torch.Tensor:
-        """Scores (n, F) of images; NaN where a function does not apply or is not asked."""
-        prompts = examples["prompt"]
-        columns = {name: values for name, values in examples.items() if name != "prompt"}
-        scores = torch.full((len(images), len(self.reward_funcs)), float("nan"))
-
-        @contextmanager
-        def named(f):
-            try:
-                yield
-            except Exception as error:
-                error.add_note(
-                    f"Raised by the reward function `{self.reward_names[f]}` for {len(images)} images, the first of them "
-                    f"with the prompt {prompts[0]!r}."
-                )
-                raise
-
-        async def finish(f, pending):
-            with named(f):
-                return await pending
-
-        async def gather(pending):
-            return await asyncio.gather(*(finish(f, result) for f, result in pending.items()))
-
-        results = {}
-        for f in asked:
-            with named(f):
-                results[f] = self.reward_funcs[f](prompts=prompts, images=images, **columns)
-        pending = {f: result for f, result in results.items() if inspect.isawaitable(result)}
-        if pending:  # in a thread of its own, since notebooks have a running loop
-            with ThreadPoolExecutor(1) as executor:
-                finished = executor.submit(asyncio.run, gather(pending)).result()
-            results |= zip(pending, finished, strict=True)
-        for f, result in results.items():
-            scores[:, f] = torch.tensor(self._checked_scores(self.reward_names[f], result, prompts))
-        return scores
-
-    @staticmethod
-    def _checked_scores(name: str, result: Any, prompts: list[str]) -> list[float]:
-        try:
-            if isinstance(result, str | dict):
-                raise TypeError
-            result = list(result)
-        except TypeError:
-            raise TypeError(
-                f"Reward function `{name}` returned {result!r}, a {type(result).__name__}: it must return a list with "
-                f"one score for each of the {len(prompts)} images."
-            ) from None
-        if len(result) != len(prompts):
-            raise ValueError(
-                f"Reward function `{name}` returned {len(result)} scores for {len(prompts)} images: it must return one "
-                "for each image (`None` where it does not apply)."
-            )
-        scores = []
-        for index, (score, prompt) in enumerate(zip(result, prompts, strict=True)):
-            if isinstance(score, torch.Tensor) and score.numel() == 1:
-                score = score.item()
-            if score is not None and not isinstance(score, numbers.Real):
-                raise TypeError(
-                    f"Reward function `{name}` returned {score!r}, a {type(score).__name__}, for image {index} "
-                    f"(prompt {prompt!r}): a score is a number, or `None` where the function does not apply."
-                )
-            if score is not None and not math.isfinite(score):
-                raise ValueError(
-                    f"Reward function `{name}` returned {score} for image {index} (prompt {prompt!r}): a score must be "
-                    "finite; return `None` where the function does not apply."
-                )
-            scores.append(float("nan") if score is None else float(score))
-        return scores
-
     def _generate(self, step: int) -> None:
         """Samples and scores a generation, and sets what the updates need of it."""
         self._generation = None  # its memory is needed
-        args, rank = self.args, self.accelerator.process_index
-        all_rows = self._rows(step)
+        args, rank, all_rows = self.args, self.accelerator.process_index, self._rows(step)
         size = len(all_rows) // self.accelerator.num_processes
         rows = all_rows[rank * size : (rank + 1) * size]
-        steps = self._stochastic_steps(step)
-        index = [rank * len(rows) + i for i in range(len(rows))]
-        generators = [
-            sample_generator(args.seed, step, row, j % args.num_generations)
-            for row, j in zip(rows, index, strict=True)
-        ]
-        examples = self.train_dataset[rows]
-        started, evaluations = time.perf_counter(), self.policy.evaluations
-        conditioning, prompt_index = self._encode(rows)
-        with self._progress(args.num_inference_steps, "Sampling") as bar:
-            trajectory = rollout(
-                self.policy,
-                conditioning,
-                prompt_index,
-                generators,
-                num_inference_steps=args.num_inference_steps,
-                transition=self._transition,
-                ode_step=self._ode_step,
-                steps=steps,
-                completions=self._needs_completions,
-                completion_stride=self._completion_stride,
-                batch_size=args.per_device_rollout_batch_size,
-                callback=lambda _: bar.update(),
-            )
-        evaluations = self.policy.evaluations - evaluations
-        images = self._decode(
-            self.policy,
-            trajectory.finals.flatten(0, 1),
-            conditioning,
-            prompt_index * len(trajectory.finals),
-            args.per_device_rollout_batch_size,
+        self._encode(rows)
+        chunks = SampledChunks(args.output_dir, rank, self._sampling_key(step))
+        sampled = self._scored(
+            self._sampler,
+            self.train_dataset,
+            rows,
+            partial(self._sample, step),
+            batch_size=args.per_device_rollout_batch_size,
+            decode_dtype=torch.bfloat16 if args.bf16 and self.accelerator.device.type != "cpu" else None,
+            sampled_chunks=chunks,
+            finished_functions=self.scorer.in_domain,
+            num_images=args.num_images_to_save if args.log_completions else 0,
         )
-        sampled = time.perf_counter()
-        images = [images[first : first + len(rows)] for first in range(0, len(images), len(rows))]
-        trained = self.reward_weights.nonzero().flatten().tolist()
-        scores = [self._score(part, examples, trained) for part in images[:-1]]
-        scores.append(self._score(images[-1], examples, self._in_domain))
-        rewarded = time.perf_counter()
-        scores = self.accelerator.gather(torch.stack(scores, dim=1).to(self.accelerator.device)).cpu()  # (N, K + 1, F)
-        rewards = self._weighted(scores)
-        self._conditioning, self._prompt_index = conditioning, prompt_index
-        advantages = self._advantages(rewards, all_rows, trajectory).clamp(-args.adv_clip_max, args.adv_clip_max)
-
-        # An update's images are the same whatever the number of processes
-        updates = args.updates_per_generation
-        groups = advantages.view(-1, args.num_generations * advantages.shape[1])
-        active = (groups != 0).any(dim=1).repeat_interleave(args.num_generations)
-        update_of = torch.arange(len(advantages)) % updates
-        weights = torch.zeros(len(advantages))
-        order, skipped = [], []
-        for update in range(updates):
-            members = (update_of == update).view(-1, size)  # (processes, n)
-            taken = (update_of == update) & active
-            weights[taken] = (update_of == update).sum() / taken.sum().clamp(min=1)
-            inactive = (members & ~active.view(-1, size)).sum(dim=1).min().item()
-            skipped.append(inactive)
-            mine = members[rank].nonzero().flatten()
-            order.append(mine[active[rank * size :][mine].argsort(stable=True)])
-        local = slice(rank * size, (rank + 1) * size)
-        device = self.accelerator.device
-        schedule = trajectory.schedule
-        self._generation = Generation(
-            rows=torch.tensor(rows),
-            latents=trajectory.latents,
-            log_probs=trajectory.log_probs,
-            advantages=advantages[local].to(device),
-            weights=weights[local].to(device),
-            order=torch.stack(order),
-            skipped=torch.tensor(skipped),
-            timesteps=schedule.timesteps,
-            sigmas=torch.empty(0) if schedule.sigmas is None else schedule.sigmas,
-            first_step=torch.tensor(steps.start),
+        chunks.clear()
+        scores = self.accelerator.gather(sampled.scores.to(self.accelerator.device)).cpu()  # (N, K + 1, F)
+        rewards = self.scorer.weighted(scores)
+        advantages = self._advantages(rewards, all_rows, sampled.trajectory).clamp(
+            -args.adv_clip_max, args.adv_clip_max
         )
+        sizes = {"num_generations": args.num_generations, "updates": args.updates_per_generation}
+        self._set_generation(Generation.make(rows, sampled.trajectory, advantages, **sizes, process_index=rank))
 
-        groups = rewards[:, -1].view(-1, args.num_generations)
+        groups, calls, nfe = rewards[:, -1].view(-1, args.num_generations), scores.shape[1], sampled.evaluations / size
         self._record(
             {
                 "reward": rewards[:, -1].mean().item(),
                 "reward_std": groups.std(dim=1).mean().item(),
                 "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
-                "nfe": evaluations / size,
-                "reward_calls": len(trajectory.finals),
-                "time/rollout": sampled - started,
-                "time/reward": rewarded - sampled,
+                "nfe": nfe,
+                "reward_calls": calls,
             }
-            | self._score_metrics(scores[:, -1])
+            | {f"time/{name}": sampled.seconds[name] for name in ("sampling", "decoding", "reward", "reward_wait")}
+            | self.scorer.metrics(scores[:, -1])
+            | sampled.logged()
         )
-        self._totals["total_nfe"] += round(self._metrics["nfe"][-1] * args.generation_batch_size)
-        self._totals["total_reward_calls"] += len(trajectory.finals) * args.generation_batch_size
-        self._save_samples_next = (images[-1], "train") if args.log_completions else None
+        self._totals["total_nfe"] += round(nfe * args.generation_batch_size)
+        self._totals["total_reward_calls"] += calls * args.generation_batch_size
+        for name in self.scorer.unscored(scores):
+            logger.warning_once(
+                f"The reward function `{name}` gave no score to any image of a generation (all `None`): it trains nothing. "
+                "Look at the columns that it needs, or leave it out."
+            )
+        if args.log_completions:
+            columns = {"prompt": self.train_dataset[all_rows]["prompt"], "advantage": advantages.mean(dim=1).tolist()}
+            columns |= dict(zip(self.scorer.names, scores[:, -1].T.tolist(), strict=True)) | sampled.columns()
+            self._completions = sampled.images, {"step": [step] * len(all_rows), **columns}
 
-    def _weighted(self, scores: torch.Tensor) -> torch.Tensor:
-        """Rewards (...) from scores (..., F): the weighted sum over the functions that are trained and apply."""
-        return (scores * self.reward_weights)[..., self.reward_weights != 0].nansum(dim=-1)
+    def _set_generation(self, generation: Generation) -> None:
+        self._generation, self._schedule = generation, generation.schedule(self.accelerator.device)
 
-    def _score_metrics(self, scores: torch.Tensor) -> dict[str, float]:
-        metrics = {}
-        for name, values in zip(self.reward_names, scores.T, strict=True):
-            values = values[~values.isnan()]
-            if len(values):
-                metrics[f"rewards/{name}/mean"] = values.mean().item()
-                metrics[f"rewards/{name}/std"] = values.std(unbiased=False).item()
-        return metrics
+    def _encode(self, rows: list[int]) -> None:
+        self._conditioning, self._prompt_index = self._sampler.encode(self.train_dataset, rows)
 
-    def _record(self, metrics: dict[str, float]) -> None:
+    def _conditions(self, images: torch.Tensor) -> Conditioning:
+        """Conditioning of some of this process's images, on its device."""
+        return self._conditioning.on(self.accelerator.device, [self._prompt_index[image] for image in images.tolist()])
+
+    def _sample(self, step: int, chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
+        args, first = self.args, self._first_image + chunk.first
+        generators = [
+            sample_generator(args.seed, step, row, image % args.num_generations)
+            for image, row in enumerate(chunk.rows, first)
+        ]
+        return rollout(
+            self.policy,
+            conditioning,
+            index,
+            generators,
+            num_inference_steps=args.num_inference_steps,
+            transition=self._transition,
+            ode_step=self._ode_step,
+            steps=self._stochastic_steps(step),
+            completions=self._needs_completions,
+            completion_stride=self._completion_stride,
+            batch_size=args.per_device_rollout_batch_size,
+        )
+
+    @property
+    def _first_image(self) -> int:
+        """Place of this process's first image in a generation."""
+        return self.accelerator.process_index * (self.args.generation_batch_size // self.accelerator.num_processes)
+
+    def _sampling_key(self, step: int) -> str:
+        """A short text of all that the samples of a generation depend on."""
+        everything = (step, self.model_name, self.args.sampling_arguments, fingerprint(self._trained.values()))
+        return hashlib.blake2b(repr(everything).encode(), digest_size=16).hexdigest()
+
+    def _scored(
+        self, sampler: Sampler, dataset: datasets.Dataset, rows: list[int], sample: Callable, **kwargs
+    ) -> Sampled:
+        """What a sampler makes. If scoring fails on one process, training ends on all, with a checkpoint."""
+        sampled, failure, step = None, None, self.state.global_step
+        with self._progress(len(rows), "Sampling" if sampler is self._sampler else "Evaluating") as bar:
+            try:
+                decode_batch_size = self.args.per_device_decode_batch_size
+                sampled = sampler(
+                    dataset,
+                    rows,
+                    sample,
+                    decode_batch_size=decode_batch_size,
+                    trainer_state=self.state,
+                    bar=bar,
+                    **kwargs,
+                )
+            except ScoringError as error:
+                failure = error.__cause__
+        failed = torch.tensor([failure is not None], device=self.accelerator.device)
+        if not self.accelerator.gather(failed).any():
+            return sampled
+        failure = failure or RuntimeError("A reward function failed on another process, whose log says more.")
+        if self.is_in_train:
+            remedy = "start again with the same `output_dir`"
+            if step > 0:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+                remedy = f"resume from {PREFIX_CHECKPOINT_DIR}-{step} (`trainer.train(resume_from_checkpoint=True)`)"
+            failure.add_note(
+                f"Nothing is lost: what was sampled is in `{self.args.output_dir}`. Mend the reward function, or allow more "
+                f"(`reward_timeout`, `reward_retries`, `reward_on_error='none'`), and {remedy}."
+            )
+        raise failure
+
+    def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         for name, value in metrics.items():
             self._metrics[name].append(value)
 
-    # Updates
+    def _progress(self, total: int, description: str) -> tqdm:
+        disabled = self.args.disable_tqdm or not self.is_local_process_zero()
+        return tqdm(total=total, desc=description, leave=False, disable=disabled)
+
+    # Updates: transitions replayed, a clipped loss
 
     def get_train_dataloader(self) -> DataLoader:
         # Only counts the micro-batches of an epoch; which rows a generation takes follows from its number (`_rows`).
@@ -556,60 +415,67 @@ class DiffusionTrainer(Trainer):
         elif self._generation is None:
             self._resume_generation()
         self._update_started = time.perf_counter()
+        self.model_wrapped.train()
         return self._micro_batches(position), None
 
     def _micro_batches(self, position: int) -> list[dict[str, Any]]:
         """The micro-batches of an update, by its number in the generation."""
         generation, size = self._generation, self.args.per_device_train_batch_size
         sweep, update = divmod(position, self.args.updates_per_generation)
+        skipped = int(generation.skipped[update])
         batches = []
         for number, chunk in enumerate(generation.order[update].split(size), 1):
             for k in self._trained_steps(chunk, sweep % self.args.num_sweeps):
-                batches.append({"images": chunk, "step": k, "skip": number * size <= generation.skipped[update]})
+                batches.append({"images": chunk, "step": k, "skip": number * size <= skipped})
         batches[-1]["skip"] = False  # gradients are reduced over processes in the last micro-batch
         return batches
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if inputs["skip"]:
-            names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/max_deviation"]
-            self._record(dict.fromkeys(names + ["kl"] * self._has_kl_loss, 0.0))
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        args, generation, images, k = self.args, self._generation, inputs["images"].cpu(), inputs["step"]
-        step = int(generation.first_step) + k
-        schedule = Schedule(generation.timesteps, generation.sigmas)
-        conditioning = self._conditioning[[self._prompt_index[image] for image in images]]
-        latents, next_latents = generation.latents[images, k], generation.latents[images, k + 1]
-        advantages, weights = generation.advantages[images, k], generation.weights[images]
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(_Training(model), inputs, num_items_in_batch)
 
-        kl = torch.zeros_like(advantages)
+    def _prepare_inputs(self, inputs):
+        return inputs  # where images and steps are looked up, on the CPU
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, generation, device = self.args, self._generation, self.accelerator.device
+        images, k = inputs["images"], inputs["step"]
+        if inputs["skip"]:
+            zero = torch.zeros((), device=device)
+            names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/max_deviation"]
+            self._record(dict.fromkeys(names + ["kl"] * self._has_kl_loss, zero))
+            return zero.clone().requires_grad_()
+        step = int(generation.first_step) + k
+        schedule, conditioning = self._schedule, self._conditions(images)
+        batch = generation.micro_batch(images, k, device)
+
         if self._has_kl_loss:
             with self._reference():
-                output = self._reference_policy.predict(latents, step, conditioning, schedule)
-            reference = self._transition(output, latents, step, schedule, next_sample=next_latents)
+                output = self._reference_policy.predict(batch.latents, step, conditioning, schedule)
+            reference = self._transition(output, batch.latents, step, schedule, next_sample=batch.next_latents)
         self.policy.forward = model
-        output = self.policy.predict(latents, step, conditioning, schedule, grad=True)
-        transition = self._transition(output, latents, step, schedule, next_sample=next_latents)
-        if self._has_kl_loss:
-            kl = kl_divergence(transition.mean, reference.mean, transition.noise_std)
-        ratio = (transition.log_prob - generation.log_probs[images, k]).exp()
+        output = self.policy.predict(batch.latents, step, conditioning, schedule, grad=True)
+        transition = self._transition(output, batch.latents, step, schedule, next_sample=batch.next_latents)
+        ratio = (transition.log_prob - batch.log_probs).exp()
         clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
-        loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+        loss = torch.maximum(-batch.advantages * ratio, -batch.advantages * clipped)
 
         # Weighted, the means over micro-batches and processes are those over the images that are not skipped
-        ratio = ratio.detach()
-        low = (weights * ((ratio < 1 - args.epsilon) & (advantages < 0))).mean().item()
-        high = (weights * ((ratio > 1 + args.epsilon) & (advantages > 0))).mean().item()
+        ratio, weights = ratio.detach(), batch.weights
+        low = (weights * ((ratio < 1 - args.epsilon) & (batch.advantages < 0))).mean()
+        high = (weights * ((ratio > 1 + args.epsilon) & (batch.advantages > 0))).mean()
         self._record(
             {
                 "clip_ratio/low_mean": low,
                 "clip_ratio/high_mean": high,
                 "clip_ratio/region_mean": low + high,
-                "ratio/max_deviation": ((weights > 0) * (ratio - 1).abs()).max().item(),
+                "ratio/max_deviation": ((weights > 0) * (ratio - 1).abs()).max(),
             }
         )
         if self._has_kl_loss:
-            self._record({"kl": (weights * kl).mean().item()})
-        return (weights * (loss + args.beta * kl)).mean()
+            kl = kl_divergence(transition.mean, reference.mean, transition.noise_std)
+            self._record({"kl": (weights * kl.detach()).mean()})
+            loss = loss + args.beta * kl
+        return (weights * loss).mean()
 
     @property
     def _has_kl_loss(self) -> bool:
@@ -628,27 +494,36 @@ class DiffusionTrainer(Trainer):
         if not self.is_lora:
             yield
             return
-        self.policy.denoiser.disable_adapters()
+        for layer in self._adapter_layers:  # the denoiser's own switch also walks over what needs gradients
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            self.policy.denoiser.enable_adapters()
+            for layer in self._adapter_layers:
+                layer._disable_adapters = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._metrics:
             self._record({"time/update": time.perf_counter() - self._update_started})
-            reduced = []
-            for name, values in sorted(self._metrics.items()):
-                values = torch.tensor(values, dtype=torch.float32)
+            device, names, reduced = self.accelerator.device, sorted(self._metrics), []
+            for name in names:
+                values = self._metrics[name]
+                on_device = isinstance(values[0], torch.Tensor)
+                values = torch.stack(values) if on_device else torch.tensor(values, dtype=torch.float32, device=device)
                 reduced.append(values.max() if name == "ratio/max_deviation" else values.mean())
-            gathered = self.accelerator.gather(torch.stack(reduced).to(self.accelerator.device)).view(-1, len(reduced))
-            for name, values in zip(sorted(self._metrics), gathered.T, strict=True):
+            gathered = self.accelerator.gather(torch.stack(reduced)).view(-1, len(reduced)).cpu()
+            for name, values in zip(names, gathered.T, strict=True):
                 logs[name] = (values.max() if name == "ratio/max_deviation" else values.mean()).item()
             logs |= self._totals
             self._metrics.clear()
-            if self._save_samples_next is not None:
-                self._save_images(*self._save_samples_next)
-                self._save_samples_next = None
+            if self._completions is not None:
+                images, table = self._completions
+                self._save_images(images, "train")
+                if self.is_world_process_zero():
+                    folder = Path(self.args.output_dir) / "completions"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+                self._completions = None
         super().log(logs, start_time)
 
     # Evaluation
@@ -699,49 +574,42 @@ class DiffusionTrainer(Trainer):
         processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
         share = -(-size // processes)
         rows = [min(row, size - 1) for row in range(rank * share, (rank + 1) * share)]
-        scores, shown = [], []
-        with self._evaluated_weights(), self._progress(len(rows), "Evaluating") as bar:
-            for chunk in torch.tensor(rows).split(args.per_device_eval_batch_size):
-                examples = eval_dataset[chunk.tolist()]
-                conditioning, index = self.eval_policy.encode(examples["prompt"]), list(range(len(chunk)))
-                generators = [sample_generator("eval", row) for row in chunk.tolist()]
-                trajectory = rollout(
-                    self.eval_policy,
-                    conditioning,
-                    index,
-                    generators,
-                    num_inference_steps=args.eval_num_inference_steps,
-                    ode_step=self._ode_step,
-                )
-                images = self._decode(self.eval_policy, trajectory.finals[-1], conditioning, index, len(chunk))
-                scores.append(self._score(images, examples, list(range(len(self.reward_funcs)))))
-                shown += images[: args.num_images_to_save - len(shown)]
-                bar.update(len(chunk))
-        scores = self.accelerator.gather(torch.cat(scores).to(self.accelerator.device)).cpu()
+
+        def sample(chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
+            generators = [sample_generator("eval", row) for row in chunk.rows]
+            steps = args.eval_num_inference_steps
+            return rollout(
+                self.eval_policy, conditioning, index, generators, num_inference_steps=steps, ode_step=self._ode_step
+            )
+
+        with self._evaluated_weights():
+            options = {"batch_size": args.per_device_eval_batch_size, "num_images": args.num_images_to_save}
+            sampled = self._scored(self._eval_sampler, eval_dataset, rows, sample, **options)
+        scores = self.accelerator.gather(sampled.scores[:, 0].to(self.accelerator.device)).cpu()
         scores = scores[:size]  # the last row is repeated so that all processes have as many
-        rewards = self._weighted(scores)
+        rewards = self.scorer.weighted(scores)
         metrics = {"reward": rewards.mean().item(), "reward_se": rewards.std(unbiased=False).item() / size**0.5}
-        metrics |= self._score_metrics(scores)
-        for name, values in zip(self.reward_names, scores.T, strict=True):
+        metrics |= self.scorer.metrics(scores) | sampled.logged()
+        for name, values in zip(self.scorer.names, scores.T, strict=True):
             if f"rewards/{name}/std" in metrics:
                 metrics[f"rewards/{name}/se"] = metrics[f"rewards/{name}/std"] / (~values.isnan()).sum().item() ** 0.5
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self._save_images(shown, metric_key_prefix)
+        self._save_images(sampled.images, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_images(self, images: list, name: str) -> None:
         if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
             return
-        images = images[: self.args.num_images_to_save]
+        images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks)
 
-    # Saving and resuming
+    # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -762,118 +630,6 @@ class DiffusionTrainer(Trainer):
         if output_dir == self.args.output_dir:
             self.create_model_card()
 
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, "_saving") if self._saving_checkpoint else folder
-
-    _saving_checkpoint = False
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Written aside and then renamed: whenever the process is killed, every checkpoint-* folder is whole.
-        folder = self._get_output_dir(trial)
-        aside = os.path.join(folder, "_saving")  # a name that is not pushed to the Hub
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-        target = os.path.join(aside, name)
-        if self.state.global_step % self._updates_per_generation and not self.args.save_only_model:
-            self._generation.save(os.path.join(target, f"generation_{self.accelerator.process_index}.safetensors"))
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = os.path.join(folder, name)
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(target, "trainer_state.json"))
-            if not self.is_fsdp_enabled:
-                weights = {name: weight.detach().contiguous().cpu() for name, weight in self._trained.items()}
-                totals = {name: str(total) for name, total in self._totals.items()}
-                save_file(weights, os.path.join(target, "trained_weights.safetensors"), metadata=totals)
-            if self.ema is not None:
-                self.ema.save(os.path.join(target, "ema_weights.safetensors"))
-        self._save_credit(target)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-            os.replace(target, os.path.join(folder, name))
-            os.rmdir(aside)
-            rotate_checkpoints(
-                output_dir=folder,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.save_model(_internal_call=True)
-            self._push_from_checkpoint(os.path.join(folder, name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving_checkpoint:  # else `_save_checkpoint` does it when the folder has its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._resumed_from, self._generation = resume_from_checkpoint, None
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        path = os.path.join(resume_from_checkpoint, "trained_weights.safetensors")
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"`resume_from_checkpoint={resume_from_checkpoint!r}` has no file `trained_weights.safetensors`, so it "
-                f"is not a checkpoint of {type(self).__name__}: pass a `checkpoint-*` folder of its `output_dir`."
-            )
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            self._totals = {name: int(total) for name, total in file.metadata().items()}
-        if weights.keys() != self._trained.keys():
-            raise ValueError(
-                f"`resume_from_checkpoint={resume_from_checkpoint!r}` has {len(weights)} trained tensors, the model has "
-                f"{len(self._trained)} others: use the `peft_config` of the run that wrote it."
-            )
-        with torch.no_grad():
-            for name, weight in self._trained.items():
-                weight.copy_(weights[name])
-        if self.ema is not None:
-            self.ema.load(os.path.join(resume_from_checkpoint, "ema_weights.safetensors"))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_credit(checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-        self._load_credit(self.state.best_model_checkpoint)
-
-    def _resume_generation(self) -> None:
-        if self._resumed_from is None:
-            raise ValueError(
-                "`resume_from_checkpoint` was written within a generation, which does not work with DeepSpeed: resume from "
-                f"a checkpoint at a multiple of {self._updates_per_generation} updates."
-            )
-        path = os.path.join(self._resumed_from, f"generation_{self.accelerator.process_index}.safetensors")
-        generation = Generation.load(path, self.accelerator.device) if os.path.isfile(path) else None
-        size = self.args.generation_batch_size // self.accelerator.num_processes
-        if generation is None or len(generation.rows) != size:
-            found = "no file" if generation is None else f"{len(generation.rows)} images, not {size}, in"
-            raise ValueError(
-                f"`resume_from_checkpoint={self._resumed_from!r}` was written within a generation but has {found} "
-                f"{os.path.basename(path)}: resume with the number of processes that wrote it, or from a checkpoint at "
-                f"a multiple of {self._updates_per_generation} updates."
-            )
-        self._generation = generation
-        self._conditioning, self._prompt_index = self._encode(generation.rows.tolist())
-
-    @property
-    def _tiny_loader(self) -> str | None:
-        """Function of `flow_trl.tiny` that loads the base model, if it is one of the tiny world."""
-        loaders = {FLOW_FOLDER: "load_flow_pipeline", DIFFUSION_FOLDER: "load_diffusion_pipeline"}
-        return loaders.get(Path(self.model_name))
-
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -882,8 +638,7 @@ class DiffusionTrainer(Trainer):
         **kwargs,
     ) -> None:
         """
-        Writes `README.md` into `output_dir`: base model, method, hyperparameters, rewards before and after, sample
-        grid, citation.
+        Writes [`~cards.diffusion_card`] as `README.md` into `output_dir`.
 
         Args:
             model_name (`str`, *optional*):
@@ -893,54 +648,9 @@ class DiffusionTrainer(Trainer):
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
         """
-        if not self.is_world_process_zero():
-            return
-        args, output_dir = self.args, Path(self.args.output_dir)
-        updates = self.state.global_step
-        if args.load_best_model_at_end and self.state.best_global_step and not self.is_in_train:
-            updates = self.state.best_global_step
-        history = [entry for entry in self.state.log_history if entry["step"] <= updates]
-        prefix = "eval_" if any("eval_reward" in entry for entry in history) else ""
-        scored = [entry for entry in history if f"{prefix}reward" in entry]
-        rewards = []
-        for name in ["reward", *(f"rewards/{reward}/mean" for reward in self.reward_names)]:
-            values = [entry[prefix + name] for entry in scored if prefix + name in entry]
-            if values:
-                rewards.append({"name": name, "before": values[0], "after": values[-1]})
-        grids = [path for path in (output_dir / "images").glob("*.png") if int(path.stem.split("-")[-1]) <= updates]
-        grids = sorted(path for path in grids if path.name.startswith("eval")) or sorted(grids)
-        tags = [tags] if isinstance(tags, str) else tags or []
-        shown = ["learning_rate", *self._card_arguments]
-        card = ModelCard.from_template(
-            ModelCardData(
-                base_model=self.model_name if "/" in self.model_name and not os.path.isdir(self.model_name) else None,
-                library_name="diffusers",
-                pipeline_tag="text-to-image",
-                datasets=dataset_name,
-                tags=[*(["lora"] if self.is_lora else []), "flow-trl", "reinforcement-learning", self._name, *tags],
-            ),
-            template_str=(files("flow_trl") / "templates" / "diffusion_model_card.md").read_text(),
-            model_name=model_name or (args.hub_model_id or output_dir.resolve().name).split("/")[-1],
-            repo=args.hub_model_id or str(output_dir),
-            base_model="flow_trl.tiny" if self._tiny_loader else self.model_name,
-            tiny_loader=self._tiny_loader,
-            note=self._card_note,
-            is_lora=self.is_lora,
-            pipeline_kwargs=self.eval_policy.call_kwargs,
-            trainer=type(self).__name__,
-            method=self._name,
-            paper=self._paper,
-            lora=self.policy.denoiser.peft_config[self.policy.denoiser.active_adapters()[0]] if self.is_lora else None,
-            hyperparameters={name: getattr(args, name) for name in shown},
-            updates=updates,
-            held_out=bool(prefix),
-            rewards=rewards,
-            reward_weights=dict(zip(self.reward_names, self.reward_weights.tolist(), strict=True)),
-            grid=str(grids[-1].relative_to(output_dir)) if grids else None,
-            versions={"flow_trl": __version__, "diffusers": diffusers.__version__,
-                      "transformers": transformers.__version__, "torch": torch.__version__},
-        )  # fmt: skip
-        card.save(output_dir / "README.md")
+        if self.is_world_process_zero():
+            card = diffusion_card(self, model_name, dataset_name, tags)
+            card.save(Path(self.args.output_dir) / "README.md")
 
     _card_note: str | None = None
     _card_arguments = [
@@ -948,37 +658,3 @@ class DiffusionTrainer(Trainer):
         "num_iterations", "epsilon", "beta", "adv_clip_max", "ema_decay", "ema_update_steps",
         "eval_num_inference_steps", "eval_guidance_scale", "seed",
     ]  # fmt: skip
-
-    def _check_dataset(self, name: str, dataset: Any) -> None:
-        if not isinstance(dataset, datasets.Dataset):
-            raise TypeError(
-                f"`{name}` must be a `datasets.Dataset`, not {type(dataset).__name__}: "
-                "`datasets.Dataset.from_list([{'prompt': ...}, ...])` makes one."
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty: it needs at least one row with a `prompt`.")
-        if "prompt" not in dataset.column_names:
-            raise ValueError(
-                f"`{name}` has the columns {dataset.column_names} and no column `prompt`: rename one with "
-                "`dataset.rename_column(..., 'prompt')`."
-            )
-        for index, prompt in enumerate(dataset["prompt"][:]):
-            if not isinstance(prompt, str):
-                raise TypeError(f"`{name}[{index}]['prompt']` is {prompt!r}: prompts must be strings.")
-        for reserved in ("prompts", "images"):
-            if reserved in dataset.column_names:
-                raise ValueError(
-                    f"`{name}` has a column `{reserved}`, which reward functions get under that name already: rename it."
-                )
-        columns = [column for column in dataset.column_names if column != "prompt"]
-        for function, reward_func in zip(self.reward_names, self.reward_funcs, strict=True):
-            try:
-                inspect.signature(reward_func).bind(**dict.fromkeys(["prompts", "images", *columns]))
-            except ValueError:  # a callable that does not tell its signature
-                continue
-            except TypeError as error:
-                raise TypeError(
-                    f"The reward function `{function}` cannot be called for `{name}`: {error}. It is called by keyword "
-                    f"with `prompts`, `images` and the other columns {columns}; it can take those that it does not need "
-                    "as `**columns`."
-                ) from error

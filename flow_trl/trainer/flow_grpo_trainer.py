@@ -7,7 +7,8 @@ from ..credit import group_advantages
 from ..policy import Schedule
 from ..rollout import Trajectory
 from ..transitions import Transition, flow_step
-from .diffusion_trainer import DiffusionTrainer, sample_generator
+from ..utils import sample_generator
+from .diffusion_trainer import DiffusionTrainer
 from .flow_grpo_config import FlowGRPOConfig
 
 

@@ -15,8 +15,8 @@ from ..critic import TemporalCritic, dormant_neurons, reset_neurons
 from ..policy import PipelinePolicy
 from ..rewards.clip import ClipEncoder
 from ..rollout import Trajectory
+from ..utils import sample_generator, to_device
 from .ddpo_trainer import DDPOTrainer
-from .diffusion_trainer import sample_generator
 from .tdpo_r_config import TDPORConfig
 
 
@@ -143,7 +143,7 @@ class TDPORTrainer(DDPOTrainer):
             raise ValueError(
                 f"`critic_encoder` and `args.critic_encoder={self.args.critic_encoder!r}` are both given: leave one out."
             )
-        trained = [self.reward_funcs[f] for f in self.reward_weights.nonzero().flatten().tolist()]
+        trained = [self.scorer.funcs[f] for f in self.scorer.trained]
         encoders = [reward.encoder for reward in trained if hasattr(reward, "encoder")]
         if given is None and self.args.critic_encoder is None and encoders:
             return encoders[0]
@@ -191,8 +191,7 @@ class TDPORTrainer(DDPOTrainer):
         with self._progress(size * num_steps, "Embedding for the critic") as bar:
             for part in torch.arange(size * num_steps).split(args.per_device_rollout_batch_size):
                 images, steps = part // num_steps, part % num_steps
-                conditioning = self._conditioning[[self._prompt_index[image] for image in images]]
-                embeddings.append(self._embed(trajectory.latents[images, steps], conditioning))
+                embeddings.append(self._embed(trajectory.latents[images, steps], self._conditions(images)))
                 bar.update(len(part))
         embeddings = torch.cat(embeddings).to(self.accelerator.device, torch.float32).unflatten(0, (size, num_steps))
         self._watch_neurons(self.accelerator.gather(embeddings))
@@ -236,14 +235,15 @@ class TDPORTrainer(DDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.use_critic:
-            self._add_critic_gradient(inputs["images"].cpu(), inputs["step"])
+            self._add_critic_gradient(inputs["images"], inputs["step"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _add_critic_gradient(self, images: torch.Tensor, k: int) -> None:
-        embeddings, old, returns = (
-            self._critic_inputs[name][images, k] for name in ("embeddings", "values", "returns")
-        )
         device = self.accelerator.device
+        index = to_device(images, device)
+        embeddings, old, returns = (
+            self._critic_inputs[name][index, k] for name in ("embeddings", "values", "returns")
+        )
         seed = sample_generator("dropout", self.state.global_step, k, *self._key(images)).initial_seed()
         devices = [] if device.type == "cpu" else [device.index or 0]
         with torch.random.fork_rng(devices, device_type=device.type):  # the same whatever the processes
@@ -252,7 +252,7 @@ class TDPORTrainer(DDPOTrainer):
         clipped = torch.clamp(values, old - self.args.cliprange_value, old + self.args.cliprange_value)
         loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).mean()
         (loss / self.args.gradient_accumulation_steps).backward()
-        self._record({"critic/loss": loss.item()})
+        self._record({"critic/loss": loss.detach()})
 
     def _update_critic(self) -> None:
         parameters = list(self.critic.parameters())

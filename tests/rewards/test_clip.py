@@ -164,9 +164,29 @@ def test_images_of_every_mode_and_size(make, reward):
 
 
 @pytest.mark.parametrize("reward", REWARDS)
-def test_videos_are_not_taken_for_images(make, reward):
-    with pytest.raises(AttributeError, match="convert"):
-        make(reward)(prompts=["a square"], images=[[smooth(), smooth(seed=1)]])
+def test_score_of_a_video_is_the_mean_of_its_frames(make, reward):
+    reward_func = make(reward, batch_size=4)
+    assert reward_func.takes_videos
+    images = [smooth(seed=i) for i in range(9)]
+    videos = [images[:3], images[3], images[4:]]
+    with forward_passes(reward_func.encoder.model) as passes:
+        scores = reward_func(prompts=PROMPTS[:3], images=videos)
+    assert passes == [(4, False), (4, False), (1, False)]
+    frames = reward_func(
+        prompts=[p for p, n in zip(PROMPTS, (3, 1, 5), strict=False) for _ in range(n)], images=images
+    )
+    assert scores == pytest.approx([np.mean(frames[:3]), frames[3], np.mean(frames[4:])], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "length, num_frames, chosen",
+    [(1, 8, [0]), (5, 8, [0, 1, 2, 3, 4]), (8, 8, range(8)), (81, 8, [5, 15, 25, 35, 45, 55, 65, 75]), (9, 1, [4])],
+)
+def test_frames_are_taken_at_even_distances(tiny, length, num_frames, chosen):
+    images = [smooth(seed=i) for i in range(length)]
+    reward_func = ClipScore(*tiny, num_frames=num_frames)
+    expected = np.mean(reward_func(prompts=["a square"] * len(chosen), images=[images[i] for i in chosen]))
+    assert reward_func(prompts=["a square"], images=[images]) == pytest.approx([expected], abs=1e-3)
 
 
 @pytest.mark.parametrize("reward", REWARDS)
@@ -341,9 +361,11 @@ def test_wrong_types(build, tiny, argument, value):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_batch_size(tiny, batch_size):
+def test_batch_size_and_num_frames(tiny, batch_size):
     with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}"):
         ClipScore(*tiny, batch_size=batch_size)
+    with pytest.raises(ValueError, match=f"`num_frames` is {batch_size}"):
+        ClipScore(*tiny, num_frames=batch_size)
 
 
 # The aesthetic head

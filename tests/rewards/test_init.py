@@ -2,16 +2,33 @@ import functools
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
-from flow_trl.rewards import BUILT_IN_REWARDS, get_reward_func, reward_name
+from flow_trl import rewards, tiny
+from flow_trl.rewards import BUILT_IN_REWARDS, get_reward_func, reward_name, scene
+from flow_trl.rewards.clip import ClipScore
 from flow_trl.rewards.jpeg import jpeg_compressibility
+from flow_trl.tiny.scenes import render_scene, render_word
+
+
+SCENES = ("geneval", "geneval_strict", "scene", "scene_strict")
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    """Stands in for the one on the Hub; collects how often it is loaded."""
+    loaded = []
+    monkeypatch.setattr(scene, "TransformersDetector", lambda: loaded.append(list) or list)
+    rewards._detector.cache_clear()
+    yield loaded
+    rewards._detector.cache_clear()
 
 
 @pytest.mark.parametrize("name", BUILT_IN_REWARDS)
-def test_built_in_reward_by_name(name):
+def test_built_in_reward_by_name(detector, name):
     if name in ("aesthetic", "clip_score", "pickscore"):
         pytest.skip("its weights are on the Hub, see test_clip.py")
     if name == "ocr":
@@ -19,6 +36,35 @@ def test_built_in_reward_by_name(name):
     reward_func = get_reward_func(name)
     assert callable(reward_func)
     assert reward_name(reward_func) == name
+    assert reward_func.takes_videos is False
+
+
+def test_scene_rewards_by_name_share_the_detector_for_photos(detector):
+    reward_funcs = [get_reward_func(name) for name in SCENES]
+    assert detector == [list] and all(reward_func.detector is list for reward_func in reward_funcs)
+    assert [reward_func.strict for reward_func in reward_funcs] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_scene_rewards_by_name_need_the_network(name):
+    with pytest.raises(ValueError, match=f'(?s)`model` is "{scene.MASK2FORMER}".*`flow_trl.tiny.scene_reward'):
+        get_reward_func(name)
+
+
+@pytest.mark.parametrize("name", ["clip_score", "ocr", "scene"])
+def test_rewards_give_the_same_scores_from_other_threads(name):
+    if name == "ocr":
+        pytest.importorskip("rapidocr_onnxruntime")
+    words = name == "ocr"
+    columns = tiny.load_prompts("words" if words else "scenes", "test").select(range(16)).to_dict()
+    render, content = (render_word, columns["text"]) if words else (render_scene, columns["include"])
+    columns |= {"prompts": columns.pop("prompt"), "images": [render(c, seed=i % 3) for i, c in enumerate(content)]}
+    make = {"clip_score": lambda: ClipScore(*tiny.load_clip()), "scene": tiny.scene_reward}
+    reward_func = get_reward_func("ocr") if words else make[name]()
+    scores = reward_func(**columns)
+    with ThreadPoolExecutor(3) as threads:  # at the same time, as after a call that took too long
+        others = [threads.submit(reward_func, **columns) for _ in range(12)]
+    assert all(other.result() == scores for other in others)
 
 
 def test_built_in_rewards_are_imported_when_asked_for():

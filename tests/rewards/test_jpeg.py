@@ -26,6 +26,13 @@ def test_plain_image_compresses_better_than_noise():
     assert noisy < plain < 0
 
 
+@pytest.mark.parametrize("reward", [jpeg_compressibility, jpeg_incompressibility])
+def test_videos_are_refused(reward):
+    assert not reward.takes_videos
+    with pytest.raises(ValueError, match=f"`{reward.__name__}` takes single images.* a function of your own"):
+        reward(prompts=["a", "b"], images=[[noise(), noise()]] * 2)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
 def test_every_mode(mode):
     image = noise(mode)

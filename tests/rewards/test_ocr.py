@@ -84,6 +84,12 @@ def test_no_images(reward_func):
     assert reward_func(prompts=[], images=[], text=[], other=[]) == []
 
 
+def test_videos_are_refused(reward_func):
+    assert not reward_func.takes_videos
+    with pytest.raises(ValueError, match="`ocr` takes single images.* a function of your own that picks frames"):
+        reward_func(prompts=['"CAT"'], images=[[write("CAT")] * 3])
+
+
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"^The OCR reward .*flow-trl\[ocr\]"):

@@ -1,14 +1,14 @@
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 
-from flow_trl.rewards.scene import Detection, SceneReward, TransformersDetector, relations, score_scene
-from flow_trl.tiny import load_prompts
-from flow_trl.tiny.detector import detect_shapes
+from flow_trl.rewards.scene import MASK2FORMER, Detection, SceneReward, TransformersDetector, relations, score_scene
+from flow_trl.tiny import CLIP_FOLDER, LANGUAGE_FOLDER, load_prompts, scene_reward
 from flow_trl.tiny.scenes import render_scene
 
 
@@ -47,14 +47,14 @@ def test_relations_are_geneval_s():
 def test_strict_score_is_one_for_ground_truth_and_zero_for_other_metadata():
     rows = load_prompts("scenes", "test").select(range(200)).to_list()
     columns = {"images": [render_scene(row["include"], seed=i) for i, row in enumerate(rows)]}
-    reward = SceneReward(strict=True)
+    reward = scene_reward(strict=True)
     right = reward(
         **columns, include=[row["include"] for row in rows], exclude=[row["exclude"] for row in rows], tag=["x"] * 200
     )
     wrong = reward(**columns, include=[mirrored(row)["include"] for row in rows])
     assert set(right) <= {0.0, 1.0}
     assert np.mean(right) >= 0.98 and np.mean(wrong) <= 0.02
-    graded = SceneReward()(**columns, include=[mirrored(row)["include"] for row in rows])
+    graded = scene_reward()(**columns, include=[mirrored(row)["include"] for row in rows])
     assert all(0 < score < 1 for score in graded)
 
 
@@ -117,7 +117,7 @@ def test_real_geneval_rows_are_scored_in_their_own_format_and_from_a_dataset():
 
 def test_rows_without_metadata_do_not_apply():
     image = render_scene([{"class": "circle", "count": 1}], seed=0)
-    reward = SceneReward()
+    reward = scene_reward()
     assert reward(prompts=["a", "b"], images=[image] * 2, include=[None, [{"class": "circle", "count": 1}]]) == [
         None,
         1,
@@ -134,9 +134,46 @@ def test_position_must_refer_to_an_earlier_entry():
 
 
 def test_names_of_the_rewards():
-    assert SceneReward().__name__ == "scene"
-    assert SceneReward(strict=True).__name__ == "scene_strict"
-    assert SceneReward().detector is detect_shapes
+    assert SceneReward(list).__name__ == "scene"
+    assert SceneReward(list, strict=True).__name__ == "scene_strict"
+    assert SceneReward(list, strict=True, name="photos").__name__ == "photos"
+
+
+@pytest.mark.parametrize("detector", [(), (None,), ("facebook/mask2former",)])
+def test_a_detector_must_be_passed(detector):
+    with pytest.raises(TypeError, match=f"`detector` is {detector[0] if detector else None!r}") as info:
+        SceneReward(*detector)
+    assert "`TransformersDetector()` for photos" in str(info.value)
+    assert "`flow_trl.tiny.detector.detect_shapes` for the tiny world" in str(info.value)
+
+
+def test_videos_are_refused():
+    reward, image = SceneReward(list, name="geneval"), Image.new("RGB", (8, 8))
+    assert not reward.takes_videos
+    with pytest.raises(ValueError, match="`geneval` takes single images.* a function of your own that picks frames"):
+        reward(prompts=["a"], images=[[image, image]], include=[[{"class": "circle", "count": 1}]])
+
+
+@pytest.mark.parametrize("model", [MASK2FORMER, "/no/such/folder", LANGUAGE_FOLDER, CLIP_FOLDER])
+def test_a_model_that_is_no_detector(model):
+    with pytest.raises(ValueError, match=f'(?s)`model` is "{model}", from which no instance segmentation') as info:
+        TransformersDetector(model)
+    assert MASK2FORMER in str(info.value) and "network" in str(info.value)
+    assert "`flow_trl.tiny.scene_reward()`" in str(info.value)
+
+
+def test_a_loaded_model_goes_to_the_device_of_this_process(monkeypatch):
+    devices = []
+
+    def pipeline(task, model, device):
+        devices.append(device)
+        return SimpleNamespace(image_processor=SimpleNamespace(post_process_instance_segmentation=None))
+
+    monkeypatch.setattr("transformers.pipeline", pipeline)
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device="cuda:3"))
+    TransformersDetector()
+    TransformersDetector(device=0)
+    assert devices == ["cuda:3", 0]
 
 
 def test_transformers_detector_reads_masks_of_a_pipeline():

@@ -6,8 +6,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from flow_trl.rewards.scene import SceneReward
-from flow_trl.tiny import DIFFUSION_FOLDER, FLOW_FOLDER, load_diffusion_pipeline, load_prompts
+from flow_trl.tiny import DIFFUSION_FOLDER, FLOW_FOLDER, load_diffusion_pipeline, load_prompts, scene_reward
 from flow_trl.tiny.build_diffusion import make_pipeline, noise_loss
 
 
@@ -51,7 +50,7 @@ def test_images_depend_on_the_prompt_and_the_noise(pipe):
 def test_scenes_are_often_right_and_often_wrong(pipe):
     rows = load_prompts("scenes", "test").select(range(100)).to_dict()
     images = draw(pipe, rows["prompt"])
-    strict = SceneReward(strict=True)
+    strict = scene_reward(strict=True)
     accuracy = np.mean(strict(images=images, include=rows["include"], exclude=rows["exclude"]))
     assert 0.3 <= accuracy <= 0.85  # what it should be, with room to learn
     shifted = rows["include"][1:] + rows["include"][:1]

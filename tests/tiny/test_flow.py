@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from flow_trl.rewards.scene import SceneReward
-from flow_trl.tiny import FLOW_FOLDER, load_flow_pipeline, load_prompts
+from flow_trl.tiny import FLOW_FOLDER, load_flow_pipeline, load_prompts, scene_reward
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_images_are_32_by_32_and_depend_on_the_prompt(pipe):
 def test_scenes_are_often_right_and_often_wrong(pipe):
     rows = load_prompts("scenes", "test").select(range(100)).to_dict()
     images = draw(pipe, rows["prompt"])
-    strict = SceneReward(strict=True)
+    strict = scene_reward(strict=True)
     accuracy = np.mean(strict(images=images, include=rows["include"], exclude=rows["exclude"]))
     assert 0.35 <= accuracy <= 0.85  # what it should be, with room to learn
     shifted = rows["include"][1:] + rows["include"][:1]

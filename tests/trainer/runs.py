@@ -166,6 +166,15 @@ class Recorder:
         return rewards
 
 
+def joined(calls, trainer):
+    """What a reward function saw or gave in each call, as if each generation were one chunk (there are no evaluations)."""
+    levels = trainer.args.num_trained_steps + 1 if trainer._needs_completions else 1
+    images = trainer.args.generation_batch_size // trainer.accelerator.num_processes
+    chunks = -(-images // trainer.args.per_device_rollout_batch_size)
+    generations = [calls[first : first + chunks * levels] for first in range(0, len(calls), chunks * levels)]
+    return [np.concatenate(calls[level::levels]) for calls in generations for level in range(levels)]
+
+
 def run(spec):
     """Trains, and returns everything that should not depend on the number of processes."""
     spec = dict(spec)
@@ -195,6 +204,8 @@ def run(spec):
         more["kept_rewards"] = kept_rewards(trainer)
     if isinstance(trainer, TDPORTrainer) and trainer.args.use_critic:
         more |= {"critic": critic_weights(trainer), "critic_moments": critic_moments(trainer)}
+    if trainer.eval_dataset is None:
+        recorder.images, recorder.rewards = joined(recorder.images, trainer), joined(recorder.rewards, trainer)
     return more | {
         "images": recorder.images,
         "rewards": recorder.rewards,

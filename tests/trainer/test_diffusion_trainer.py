@@ -792,7 +792,7 @@ def test_metrics_of_an_update(tmp_path):
     update |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
     update |= {"total_nfe", "total_reward_calls"}
     generation = {"reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std"}
-    generation |= {"nfe", "reward_calls", "time/rollout", "time/reward"}
+    generation |= {"nfe", "reward_calls", "time/sampling", "time/decoding", "time/reward", "time/reward_wait"}
     generation |= {f"{name}/step_{k}" for name in ("turning_points", "incremental_reward") for k in (1, 2)}
     assert second.keys() == update
     assert first.keys() == update | generation
