@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .generation import Generation
+from .generation import Generation, Sampled
 
 
 WEIGHTS_NAME = "trained_weights.safetensors"
@@ -202,3 +203,40 @@ class Checkpoints:
             )
         self._encode(generation.rows.tolist())
         self._set_generation(generation)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        denoiser, name = self.policy.denoiser, self.policy.denoiser_name
+        os.makedirs(output_dir, exist_ok=True)
+        with self._evaluated_weights():
+            if self.is_lora:
+                adapter = denoiser.active_adapters()[0]
+                layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter)
+                metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
+                self.pipe.save_lora_weights(output_dir, **{f"{name}_lora_layers": layers}, **metadata)
+            elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
+                denoiser.save_pretrained(os.path.join(output_dir, name))
+            else:
+                self.pipe.save_pretrained(output_dir)
+        if output_dir == self.args.output_dir:
+            self.create_model_card()
+
+    def _raise_together(self, sampled: Sampled | BaseException) -> None:
+        """If scoring failed on one process, ends training on all, with a checkpoint from which a run goes on."""
+        failure = sampled if isinstance(sampled, BaseException) else None
+        failed = torch.tensor([failure is not None], device=self.accelerator.device)
+        if not self.accelerator.gather(failed).any():
+            return
+        failure = failure or RuntimeError("A reward function failed on another process, whose log says more.")
+        if self.is_in_train:
+            step, remedy = self.state.global_step, "start again with the same `output_dir`"
+            if step > 0:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+                remedy = f"resume from {PREFIX_CHECKPOINT_DIR}-{step} (`trainer.train(resume_from_checkpoint=True)`)"
+            failure.add_note(
+                f"Nothing is lost: what was sampled is in `{self.args.output_dir}`. Mend the reward function, or allow more "
+                f"(`reward_timeout`, `reward_retries`, `reward_on_error='none'`), and {remedy}."
+            )
+        raise failure

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .utils import to_device, to_pil
 
@@ -186,8 +187,11 @@ class _StandIn:
         return (self._hand_back,)
 
 
-class _Denoiser:
-    """The denoiser as the pipeline sees it: attributes of the module, forward of another (its DDP wrapper, say)."""
+class ModuleProxy:
+    """
+    A module as others see it: its attributes, the forward of another (its DDP wrapper, say), and a training mode that is
+    set already.
+    """
 
     def __init__(self, module: torch.nn.Module, forward: Callable):
         self._module, self._forward = module, forward
@@ -197,6 +201,9 @@ class _Denoiser:
 
     def __call__(self, *args, **kwargs):
         return self._forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "ModuleProxy":
+        return self
 
 
 def _no_evaluation(*args, **kwargs) -> tuple[torch.Tensor]:
@@ -504,7 +511,7 @@ class PipelinePolicy:
         runner.__dict__.update(
             {
                 "scheduler": stand_in,
-                self.denoiser_name: _Denoiser(self.denoiser, forward),
+                self.denoiser_name: ModuleProxy(self.denoiser, forward),
                 "safety_checker": None,  # it would black out what the policy made, noisy latents above all
                 "_progress_bar_config": {"disable": True},
             }
@@ -520,6 +527,38 @@ class PipelinePolicy:
                 return self._call_function(runner, **embeddings, **self.call_kwargs, **kwargs, return_dict=False)
             except _StepReached:
                 return None
+
+
+class ReferencePolicy:
+    """
+    A policy as it was before training: the same denoiser with its adapter switched off, or a copy of its weights.
+
+    Args:
+        policy ([`PipelinePolicy`]):
+            The policy, before training.
+        is_lora (`bool`):
+            Whether an adapter is trained.
+    """
+
+    def __init__(self, policy: PipelinePolicy, is_lora: bool):
+        self._policy, self._adapters = copy.copy(policy), []
+        if is_lora:
+            self._adapters = [layer for layer in policy.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+            return
+        self._policy.pipe = copy.copy(policy.pipe)
+        self._policy.pipe.__dict__[policy.denoiser_name] = copy.deepcopy(policy.denoiser).requires_grad_(False)
+
+    def predict(
+        self, latents: torch.Tensor, step_index: int, conditioning: Conditioning, schedule: Schedule
+    ) -> torch.Tensor:
+        """As [`PipelinePolicy.predict`], without gradients."""
+        for layer in self._adapters:  # the denoiser's own switch also walks over what needs gradients
+            layer._disable_adapters = True
+        try:
+            return self._policy.predict(latents, step_index, conditioning, schedule)
+        finally:
+            for layer in self._adapters:
+                layer._disable_adapters = False
 
 
 class PromptCache:

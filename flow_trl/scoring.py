@@ -182,17 +182,24 @@ class Scorer:
         self.failures: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def check(self, dataset: str, columns: list[str], videos: bool = False) -> None:
+    def check_videos(self, videos: bool) -> None:
+        """Raises a `ValueError` if videos are scored and a function does not take them."""
+        for name, func in zip(self.names, self.funcs, strict=True):
+            if videos and not getattr(func, "takes_videos", True):
+                raise ValueError(
+                    f"The reward function `{name}` scores single images, but the pipeline makes videos: pass a function of "
+                    "your own that picks frames (each entry of `images` is a list of frames), or set `num_frames` to 1."
+                )
+
+    def check(self, dataset: str, columns: list[str]) -> None:
         """
-        Raises if a function cannot be called with the columns of a data set, or with videos.
+        Raises if a function cannot be called with the columns of a data set.
 
         Args:
             dataset (`str`):
                 What the data set is called in the message.
             columns (`list[str]`):
                 Its columns beside the prompt.
-            videos (`bool`, *optional*, defaults to `False`):
-                Whether videos are scored.
 
         Raises:
             TypeError, ValueError: with the function's name.
@@ -203,11 +210,6 @@ class Scorer:
                 f"`{dataset}` has a column `{min(reserved)}`, which reward functions get under that name already: rename it."
             )
         for name, func in zip(self.names, self.funcs, strict=True):
-            if videos and not getattr(func, "takes_videos", True):
-                raise ValueError(
-                    f"The reward function `{name}` scores single images, but the pipeline makes videos: pass a function of "
-                    "your own that picks frames (each entry of `images` is a list of frames), or set `num_frames` to 1."
-                )
             try:
                 inspect.signature(func).bind(**dict.fromkeys(["prompts", "images", *columns]), **self._extras(func))
             except ValueError:  # a callable that does not tell its signature
@@ -285,14 +287,27 @@ class Scorer:
         """
         return (scores * self.weights)[..., self.weights != 0].nansum(dim=-1)
 
-    def metrics(self, scores: torch.Tensor) -> dict[str, float]:
-        """`rewards/<name>/mean` and `/std` of scores (N, F), over the images to which a function applies."""
+    def metrics(self, scores: torch.Tensor, errors: bool = False) -> dict[str, float]:
+        """
+        Figures of each function over the images to which it applies.
+
+        Args:
+            scores (`torch.Tensor` of shape `(N, F)`):
+                Scores.
+            errors (`bool`, *optional*, defaults to `False`):
+                Whether to add the standard errors of the means.
+
+        Returns:
+            `dict[str, float]`: `rewards/<name>/mean`, `/std` and, with `errors`, `/se`.
+        """
         metrics = {}
         for name, values in zip(self.names, scores.T, strict=True):
             values = values[~values.isnan()]
             if len(values):
                 metrics[f"rewards/{name}/mean"] = values.mean().item()
-                metrics[f"rewards/{name}/std"] = values.std(unbiased=False).item()
+                metrics[f"rewards/{name}/std"] = std = values.std(unbiased=False).item()
+                if errors:
+                    metrics[f"rewards/{name}/se"] = std / len(values) ** 0.5
         return metrics
 
     def unscored(self, scores: torch.Tensor) -> list[str]:

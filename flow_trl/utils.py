@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib
+from collections import defaultdict
 from types import ModuleType
 from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 
@@ -104,3 +106,31 @@ def check_prompts(name: str, dataset: Any) -> None:
     for index, prompt in enumerate(dataset["prompt"][:]):
         if not isinstance(prompt, str):
             raise TypeError(f"`{name}[{index}]['prompt']` is {prompt!r}: prompts must be strings.")
+
+
+class Metrics(defaultdict):
+    """Values of metrics since the last log, by name: numbers, or scalars that stay on their device until then."""
+
+    def __init__(self):
+        super().__init__(list)
+
+    def record(self, metrics: dict[str, float | torch.Tensor]) -> None:
+        """Adds a value to each of some metrics."""
+        for name, value in metrics.items():
+            self[name].append(value)
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over values and processes (of names that end with `max_deviation` the maximum); forgets the values."""
+        names, device = sorted(self), accelerator.device
+
+        def reduce(name: str, values: torch.Tensor) -> torch.Tensor:
+            return values.max() if name.endswith("max_deviation") else values.mean()
+
+        def stacked(values: list) -> torch.Tensor:
+            is_tensor = isinstance(values[0], torch.Tensor)
+            return torch.stack(values) if is_tensor else torch.tensor(values, dtype=torch.float32, device=device)
+
+        mine = torch.stack([reduce(name, stacked(self[name])) for name in names])
+        gathered = accelerator.gather(mine).view(-1, len(names)).cpu()
+        self.clear()
+        return {name: reduce(name, values).item() for name, values in zip(names, gathered.T, strict=True)}

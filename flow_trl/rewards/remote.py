@@ -239,20 +239,20 @@ class RemoteReward:
         )
 
     async def _send(self, client: httpx2.AsyncClient, body: bytes, count: int) -> list[float | None]:
-        failed = f"{self.url} (reward `{self.__name__}`) failed {self.retries + 1} times, the last time"
-        for attempt in range(self.retries + 1):
+        tries = self.retries + 1
+        failed = f"{self.url} (reward `{self.__name__}`) failed in {tries} of {tries} attempts, the last time"
+        for attempt in range(tries):
             wait = BACKOFF * 2**attempt
             try:
                 async with asyncio.timeout(self.timeout):
                     response = await client.post(self.url, content=body)
             except TimeoutError as error:
-                failure, cause = (
-                    ConnectionError(f"{failed} without an answer within `timeout`, {self.timeout} s."),
-                    error,
-                )
+                failure = ConnectionError(f"{failed} without an answer within `timeout`, {self.timeout} s.")
+                failure.__cause__ = error
             except httpx2.RequestError as error:
                 problem = f"{type(error).__name__}: {error}".removesuffix(": ")
-                failure, cause = ConnectionError(f"{failed} with {problem}. Is the server running?"), error
+                failure = ConnectionError(f"{failed} with {problem}. Is the server running?")
+                failure.__cause__ = error
             else:
                 if response.is_success:
                     return self._scores(response, count)
@@ -261,17 +261,17 @@ class RemoteReward:
                     raise RuntimeError(
                         f"{self.url} (reward `{self.__name__}`) answered {answer}{self._hint(response)}"
                     )
-                failure, cause = RuntimeError(f"{failed} with {answer}"), None
+                failure = RuntimeError(f"{failed} with {answer}")
                 asked = response.headers.get("Retry-After", "")
-                wait = int(asked) if asked.isdecimal() else wait
+                wait = float(asked) if asked.isdecimal() else wait
             if attempt < self.retries:
                 await asyncio.sleep(min(wait, MAX_WAIT))
-        raise failure from cause
+        raise failure
 
     def _scores(self, response: httpx2.Response, count: int) -> list[float | None]:
         try:
             scores = json.loads(response.content)["scores"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             problem = "no JSON with `scores`"
         else:
             if not isinstance(scores, list):
@@ -279,7 +279,7 @@ class RemoteReward:
             elif len(scores) != count:
                 problem = f"{len(scores)} scores for {count} images"
             elif wrong := [i for i, score in enumerate(scores) if not (score is None or _is_finite(score))]:
-                problem = f"the score {scores[wrong[0]]!r} for image {wrong[0]} of the request"
+                problem = f"the score {scores[wrong[0]]!r:.50} for image {wrong[0]} of the request"
             else:
                 return [None if score is None else float(score) for score in scores]
         raise ValueError(

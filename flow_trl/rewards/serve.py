@@ -30,7 +30,7 @@ A built-in reward is served by its name: `pip install "flow-trl[serve,ocr]"` and
 `POST /score` takes what [`~rewards.RemoteReward`] sends; requests are scored one after the other, in one thread.
 `GET /health` answers with the reward's name, also meanwhile and without a token. Without a token whoever reaches the port
 can ask for scores, and over `http` the token and the images are readable on the way: beyond a trusted network put the
-server behind a proxy that speaks `https`.
+server behind a proxy that speaks `https`. Ctrl-C ends the server after the requests under way, three times at once.
 """
 
 import argparse
@@ -50,16 +50,19 @@ from typing import Any
 
 from PIL import Image
 
-from ..utils import import_extra
 from . import BUILT_IN_REWARDS, get_reward_func, reward_name
 
 
-PURPOSE = "The reward server"
-Starlette = import_extra("starlette.applications", extra="serve", purpose=PURPOSE).Starlette
-Request = import_extra("starlette.requests", extra="serve", purpose=PURPOSE).Request
-responses = import_extra("starlette.responses", extra="serve", purpose=PURPOSE)
-Route = import_extra("starlette.routing", extra="serve", purpose=PURPOSE).Route
-uvicorn = import_extra("uvicorn", extra="serve", purpose=PURPOSE)
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    from ..utils import import_extra  # not above: it needs torch, and a server may do without
+
+    import_extra(error.name, extra="serve", purpose="The reward server")
 
 logger = logging.getLogger("flow_trl.rewards.serve")
 
@@ -135,7 +138,7 @@ def create_app(reward_func: Callable, *, token: str | None = None, max_batch_byt
             raise ValueError(f"`{name}` returned {len(scores)} scores for {len(arguments['images'])} images.")
         return scores
 
-    async def score(request: Request) -> responses.Response:
+    async def score(request: Request) -> Response:
         given = request.headers.get("Authorization", "").encode("latin-1")
         allowed = token is None or hmac.compare_digest(given, f"Bearer {token}".encode())
         # Read to its end in any case, since a client that is still sending may not see the answer
@@ -158,19 +161,19 @@ def create_app(reward_func: Callable, *, token: str | None = None, max_batch_byt
             except ValueError as error:
                 return _message(400, str(error))
             try:
-                return responses.JSONResponse({"scores": await in_worker(worker, evaluate, arguments)})
+                return JSONResponse({"scores": await in_worker(worker, evaluate, arguments)})
             except Exception as error:
                 logger.exception("The reward function `%s` failed.", name)
                 return _message(500, f"{type(error).__name__}: {error}")
 
-    async def health(request: Request) -> responses.Response:
-        return responses.JSONResponse({"name": name})
+    async def health(request: Request) -> Response:
+        return JSONResponse({"name": name})
 
     return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
 
 
-def _message(status: int, text: str) -> responses.Response:
-    return responses.PlainTextResponse(text.encode(errors="replace"), status)
+def _message(status: int, text: str) -> Response:
+    return PlainTextResponse(text.encode(errors="replace"), status)
 
 
 def _parse(body: bytes) -> dict[str, list]:

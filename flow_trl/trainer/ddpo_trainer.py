@@ -151,12 +151,11 @@ class DDPOTrainer(DiffusionTrainer):
         penalties, device = torch.zeros_like(trajectory.log_probs), self.accelerator.device
         if self.args.beta:
             rows = torch.arange(len(penalties)).split(self.args.per_device_rollout_batch_size)
-            with self._reference():
-                for k, part in itertools.product(range(penalties.shape[1]), rows):
-                    latents, next_latents = (trajectory.latents[part, i].to(device) for i in (k, k + 1))
-                    output = self._reference_policy.predict(latents, k, self._conditions(part), trajectory.schedule)
-                    reference = self._transition(output, latents, k, trajectory.schedule, next_sample=next_latents)
-                    penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob.cpu()
+            for k, part in itertools.product(range(penalties.shape[1]), rows):
+                latents, next_latents = (trajectory.latents[part, i].to(device) for i in (k, k + 1))
+                output = self._reference.predict(latents, k, self._conditions(part), trajectory.schedule)
+                reference = self._transition(output, latents, k, trajectory.schedule, next_sample=next_latents)
+                penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob.cpu()
             self._record({"kl": penalties.mean().item()})
         return self.args.beta * self.accelerator.gather(penalties.to(device)).cpu()
 

@@ -1,12 +1,8 @@
 """What all trainers of diffusers pipelines share: from prompts through images and rewards to a clipped loss."""
 
-import copy
 import hashlib
-import os
 import time
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,47 +14,29 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..callbacks import EMACallback, log_image, save_image_grid
+from ..callbacks import EMACallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints, fingerprint
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
+from ..held_out import Evaluations
 from ..loading import load_pipeline, prepare_denoiser
-from ..policy import Conditioning, PipelinePolicy, Schedule
+from ..policy import Conditioning, ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
-from ..utils import check_prompts, sample_generator, to_pil
+from ..utils import Metrics, check_prompts, sample_generator
 from .diffusion_config import DiffusionConfig
 
 
 logger = logging.get_logger(__name__)
 
 
-class _Training:
-    """A module in training mode: attributes and forward are the module's, `train` does not walk over it again."""
-
-    def __init__(self, module: torch.nn.Module):
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, *args, **kwargs) -> Any:
-        return self._module(*args, **kwargs)
-
-    def train(self) -> None:
-        pass
-
-
-class DiffusionTrainer(Checkpoints, Trainer):
+class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
     """
     Shared parent of the trainers of diffusers pipelines; not used by itself.
 
@@ -114,21 +92,20 @@ class DiffusionTrainer(Checkpoints, Trainer):
             reward_retries=args.reward_retries,
             reward_on_error=args.reward_on_error,
         )
-        sets = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        sets = {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in sets.items()}
-        sets = {
-            name: dataset for name, dataset in {"train_dataset": train_dataset, **sets}.items() if dataset is not None
-        }
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        sets = {"train_dataset": train_dataset}
+        sets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in evaluated.items()}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
         for name, dataset in sets.items():
             self._check_dataset(name, dataset)
-        prompts_per_generation = args.generation_batch_size // args.num_generations
-        if train_dataset is not None and len(train_dataset) < prompts_per_generation:
+        prompts, needed = len(train_dataset or []), args.generation_batch_size // args.num_generations
+        if train_dataset is not None and prompts < needed:
             raise ValueError(
-                f"`train_dataset` has {len(train_dataset)} prompts, but a generation needs {prompts_per_generation} = "
+                f"`train_dataset` has {prompts} prompts, but a generation needs {needed} = "
                 f"`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`: "
                 "make the generation smaller or add prompts."
             )
-        self._generations_per_epoch = len(train_dataset) // prompts_per_generation if train_dataset is not None else 0
+        self._generations_per_epoch = prompts // needed
 
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
@@ -146,8 +123,7 @@ class DiffusionTrainer(Checkpoints, Trainer):
         self.eval_policy = PipelinePolicy(self.pipe, guidance_scale=eval_guidance, **options)
         self._sampler = Sampler(self.policy, self.scorer, args.overlap_rewards)
         self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards)
-        for name, dataset in sets.items():
-            self.scorer.check(name, self._columns(dataset), videos=self.policy.makes_videos)
+        self.scorer.check_videos(self.policy.makes_videos)
 
         denoiser = self.policy.denoiser
         set_seed(args.seed)  # the adapter's weights are drawn before `Trainer` does this
@@ -184,7 +160,6 @@ class DiffusionTrainer(Checkpoints, Trainer):
             if isinstance(component, torch.nn.Module) and component is not denoiser:
                 component.to("cpu" if offloaded else self.accelerator.device)
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
-        self._adapter_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         self.ema = None
         if args.ema_decay:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -193,21 +168,17 @@ class DiffusionTrainer(Checkpoints, Trainer):
                 )
             self.ema = EMACallback(self._trained, args.ema_decay, args.ema_update_steps)
             self.add_callback(self.ema)
-        self._reference_policy = self._make_reference_policy(options)
+        self._reference = ReferencePolicy(self.policy, self.is_lora) if args.beta else None
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
         self._resumed_from: str | None = None
         self._completions: tuple[list, dict[str, list]] | None = None
-        self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
+        self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
-
-    @staticmethod
-    def _columns(dataset: datasets.Dataset) -> list[str]:
-        return [column for column in dataset.column_names if column != "prompt"]
 
     def _check_dataset(self, name: str, dataset: Any) -> None:
         check_prompts(name, dataset)
-        self.scorer.check(name, self._columns(dataset))
+        self.scorer.check(name, [column for column in dataset.column_names if column != "prompt"])
 
     # What a subclass adds
 
@@ -281,6 +252,7 @@ class DiffusionTrainer(Checkpoints, Trainer):
             finished_functions=self.scorer.in_domain,
             num_images=args.num_images_to_save if args.log_completions else 0,
         )
+        self._raise_together(sampled)
         chunks.clear()
         scores = self.accelerator.gather(sampled.scores.to(self.accelerator.device)).cpu()  # (N, K + 1, F)
         rewards = self.scorer.weighted(scores)
@@ -326,7 +298,9 @@ class DiffusionTrainer(Checkpoints, Trainer):
         return self._conditioning.on(self.accelerator.device, [self._prompt_index[image] for image in images.tolist()])
 
     def _sample(self, step: int, chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
-        args, first = self.args, self._first_image + chunk.first
+        args = self.args
+        share = args.generation_batch_size // self.accelerator.num_processes
+        first = self.accelerator.process_index * share + chunk.first
         generators = [
             sample_generator(args.seed, step, row, image % args.num_generations)
             for image, row in enumerate(chunk.rows, first)
@@ -345,53 +319,23 @@ class DiffusionTrainer(Checkpoints, Trainer):
             batch_size=args.per_device_rollout_batch_size,
         )
 
-    @property
-    def _first_image(self) -> int:
-        """Place of this process's first image in a generation."""
-        return self.accelerator.process_index * (self.args.generation_batch_size // self.accelerator.num_processes)
-
     def _sampling_key(self, step: int) -> str:
         """A short text of all that the samples of a generation depend on."""
         everything = (step, self.model_name, self.args.sampling_arguments, fingerprint(self._trained.values()))
         return hashlib.blake2b(repr(everything).encode(), digest_size=16).hexdigest()
 
-    def _scored(
-        self, sampler: Sampler, dataset: datasets.Dataset, rows: list[int], sample: Callable, **kwargs
-    ) -> Sampled:
-        """What a sampler makes. If scoring fails on one process, training ends on all, with a checkpoint."""
-        sampled, failure, step = None, None, self.state.global_step
-        with self._progress(len(rows), "Sampling" if sampler is self._sampler else "Evaluating") as bar:
+    def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
+        """What a sampler makes, or the error of a reward function."""
+        description = "Sampling" if sampler is self._sampler else "Evaluating"
+        kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
+        with self._progress(len(args[1]), description) as bar:
             try:
-                decode_batch_size = self.args.per_device_decode_batch_size
-                sampled = sampler(
-                    dataset,
-                    rows,
-                    sample,
-                    decode_batch_size=decode_batch_size,
-                    trainer_state=self.state,
-                    bar=bar,
-                    **kwargs,
-                )
+                return sampler(*args, bar=bar, **kwargs)
             except ScoringError as error:
-                failure = error.__cause__
-        failed = torch.tensor([failure is not None], device=self.accelerator.device)
-        if not self.accelerator.gather(failed).any():
-            return sampled
-        failure = failure or RuntimeError("A reward function failed on another process, whose log says more.")
-        if self.is_in_train:
-            remedy = "start again with the same `output_dir`"
-            if step > 0:
-                self._save_checkpoint(self.model_wrapped, trial=None)
-                remedy = f"resume from {PREFIX_CHECKPOINT_DIR}-{step} (`trainer.train(resume_from_checkpoint=True)`)"
-            failure.add_note(
-                f"Nothing is lost: what was sampled is in `{self.args.output_dir}`. Mend the reward function, or allow more "
-                f"(`reward_timeout`, `reward_retries`, `reward_on_error='none'`), and {remedy}."
-            )
-        raise failure
+                return error.__cause__
 
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
+        self._metrics.record(metrics)
 
     def _progress(self, total: int, description: str) -> tqdm:
         disabled = self.args.disable_tqdm or not self.is_local_process_zero()
@@ -431,7 +375,7 @@ class DiffusionTrainer(Checkpoints, Trainer):
         return batches
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        return super().training_step(_Training(model), inputs, num_items_in_batch)
+        return super().training_step(ModuleProxy(model, model), inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs):
         return inputs  # where images and steps are looked up, on the CPU
@@ -449,8 +393,7 @@ class DiffusionTrainer(Checkpoints, Trainer):
         batch = generation.micro_batch(images, k, device)
 
         if self._has_kl_loss:
-            with self._reference():
-                output = self._reference_policy.predict(batch.latents, step, conditioning, schedule)
+            output = self._reference.predict(batch.latents, step, conditioning, schedule)
             reference = self._transition(output, batch.latents, step, schedule, next_sample=batch.next_latents)
         self.policy.forward = model
         output = self.policy.predict(batch.latents, step, conditioning, schedule, grad=True)
@@ -481,41 +424,10 @@ class DiffusionTrainer(Checkpoints, Trainer):
     def _has_kl_loss(self) -> bool:
         return self._kl_in_loss and self.args.beta > 0
 
-    def _make_reference_policy(self, options: dict[str, Any]) -> PipelinePolicy | None:
-        if not self.args.beta or self.is_lora:
-            return self.policy
-        pipe = copy.copy(self.pipe)
-        pipe.__dict__[self.policy.denoiser_name] = copy.deepcopy(self.policy.denoiser).requires_grad_(False)
-        return PipelinePolicy(pipe, guidance_scale=self.args.guidance_scale, **options)
-
-    @contextmanager
-    def _reference(self):
-        """Within this context `_reference_policy` is the reference."""
-        if not self.is_lora:
-            yield
-            return
-        for layer in self._adapter_layers:  # the denoiser's own switch also walks over what needs gradients
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in self._adapter_layers:
-                layer._disable_adapters = False
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._metrics:
             self._record({"time/update": time.perf_counter() - self._update_started})
-            device, names, reduced = self.accelerator.device, sorted(self._metrics), []
-            for name in names:
-                values = self._metrics[name]
-                on_device = isinstance(values[0], torch.Tensor)
-                values = torch.stack(values) if on_device else torch.tensor(values, dtype=torch.float32, device=device)
-                reduced.append(values.max() if name == "ratio/max_deviation" else values.mean())
-            gathered = self.accelerator.gather(torch.stack(reduced)).view(-1, len(reduced)).cpu()
-            for name, values in zip(names, gathered.T, strict=True):
-                logs[name] = (values.max() if name == "ratio/max_deviation" else values.mean()).item()
-            logs |= self._totals
-            self._metrics.clear()
+            logs |= self._metrics.reduced(self.accelerator) | self._totals
             if self._completions is not None:
                 images, table = self._completions
                 self._save_images(images, "train")
@@ -526,109 +438,13 @@ class DiffusionTrainer(Checkpoints, Trainer):
                 self._completions = None
         super().log(logs, start_time)
 
-    # Evaluation
+    # Weights that are evaluated and saved, and their card
 
     @contextmanager
     def _evaluated_weights(self):
         """Within this context the denoiser has the weights that are evaluated and saved."""
         with self.ema.applied() if self.ema is not None else nullcontext():
             yield
-
-    def evaluate(
-        self,
-        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Samples one image per prompt, deterministically (by the ODE of a flow model, by DDIM with `eta` of 0), with
-        `eval_num_inference_steps`, `eval_guidance_scale`, the averaged weights and noise that depends on the prompt's row
-        alone (the same in every evaluation of every run), and scores it.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-                Prompts; defaults to the trainer's `eval_dataset`.
-            ignore_keys (`list[str]`, *optional*):
-                Not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics.
-
-        Returns:
-            `dict[str, float]`: `eval_reward`, its standard error `eval_reward_se`, and `eval_rewards/<name>/mean`,
-            `/std` and `/se` of each reward function.
-
-        Raises:
-            ValueError: if there is no data set.
-        """
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict):
-            metrics = {}
-            for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if eval_dataset is None:
-            raise ValueError("`eval_dataset=None`: pass one to `evaluate` or to the trainer.")
-        if eval_dataset is not self.eval_dataset:
-            self._check_dataset("eval_dataset", eval_dataset)
-        args, started = self.args, time.perf_counter()
-        processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
-        share = -(-size // processes)
-        rows = [min(row, size - 1) for row in range(rank * share, (rank + 1) * share)]
-
-        def sample(chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
-            generators = [sample_generator("eval", row) for row in chunk.rows]
-            steps = args.eval_num_inference_steps
-            return rollout(
-                self.eval_policy, conditioning, index, generators, num_inference_steps=steps, ode_step=self._ode_step
-            )
-
-        with self._evaluated_weights():
-            options = {"batch_size": args.per_device_eval_batch_size, "num_images": args.num_images_to_save}
-            sampled = self._scored(self._eval_sampler, eval_dataset, rows, sample, **options)
-        scores = self.accelerator.gather(sampled.scores[:, 0].to(self.accelerator.device)).cpu()
-        scores = scores[:size]  # the last row is repeated so that all processes have as many
-        rewards = self.scorer.weighted(scores)
-        metrics = {"reward": rewards.mean().item(), "reward_se": rewards.std(unbiased=False).item() / size**0.5}
-        metrics |= self.scorer.metrics(scores) | sampled.logged()
-        for name, values in zip(self.scorer.names, scores.T, strict=True):
-            if f"rewards/{name}/std" in metrics:
-                metrics[f"rewards/{name}/se"] = metrics[f"rewards/{name}/std"] / (~values.isnan()).sum().item() ** 0.5
-        metrics["runtime"] = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(dict(metrics))
-        self._save_images(sampled.images, metric_key_prefix)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _save_images(self, images: list, name: str) -> None:
-        if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
-            return
-        images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
-        step = self.state.global_step
-        path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
-        grid = save_image_grid(images, columns=min(8, len(images)), path=path)
-        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks)
-
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        denoiser, name = self.policy.denoiser, self.policy.denoiser_name
-        os.makedirs(output_dir, exist_ok=True)
-        with self._evaluated_weights():
-            if self.is_lora:
-                adapter = denoiser.active_adapters()[0]
-                layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter)
-                metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
-                self.pipe.save_lora_weights(output_dir, **{f"{name}_lora_layers": layers}, **metadata)
-            elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
-                denoiser.save_pretrained(os.path.join(output_dir, name))
-            else:
-                self.pipe.save_pretrained(output_dir)
-        if output_dir == self.args.output_dir:
-            self.create_model_card()
 
     def create_model_card(
         self,
@@ -637,17 +453,7 @@ class DiffusionTrainer(Checkpoints, Trainer):
         tags: str | list[str] | None = None,
         **kwargs,
     ) -> None:
-        """
-        Writes [`~cards.diffusion_card`] as `README.md` into `output_dir`.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model. Defaults to the name of the repository or of `output_dir`.
-            dataset_name (`str`, *optional*):
-                Hub id of the data set.
-            tags (`str` or `list[str]`, *optional*):
-                Further tags.
-        """
+        """Writes [`~cards.diffusion_card`], which takes the arguments, as `README.md` into `output_dir`."""
         if self.is_world_process_zero():
             card = diffusion_card(self, model_name, dataset_name, tags)
             card.save(Path(self.args.output_dir) / "README.md")

@@ -23,7 +23,7 @@ class TPGRPOTrainer(FlowGRPOTrainer):
 
     trainer = TPGRPOTrainer(
         model=tiny.load_flow_pipeline(),
-        reward_funcs="scene",
+        reward_funcs=tiny.scene_reward(),
         args=TPGRPOConfig("tiny-scenes", pipeline_kwargs={"max_sequence_length": 0}, num_inference_steps=6),
         train_dataset=tiny.load_prompts("scenes", "train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flow_trl.rewards.scene import relations, score_scene
-from flow_trl.tiny import load_prompts
+from flow_trl.tiny import load_prompts, scene_reward
 from flow_trl.tiny.detector import detect_shapes
 from flow_trl.tiny.scenes import COLORS, RELATIONS, SHAPES, render_scene, render_word, to_array
 
@@ -73,6 +73,12 @@ def test_detector_is_right_on_ground_truth():
     scores = [score_scene(f, row["include"], row["exclude"], strict=True) for f, row in zip(found, rows, strict=True)]
     exact = [len(f) == sum(e["count"] for e in row["include"]) for f, row in zip(found, rows, strict=True)]
     assert np.mean(scores) >= 0.98 and np.mean(exact) >= 0.98
+
+
+def test_scene_rewards_have_the_names_of_those_for_photos_and_this_world_s_detector():
+    rewards = [scene_reward(), scene_reward(strict=True)]
+    assert [(reward.__name__, reward.strict) for reward in rewards] == [("scene", False), ("scene_strict", True)]
+    assert all(reward.detector is detect_shapes for reward in rewards)
 
 
 def test_detector_tells_where_and_what_colour_an_object_is():

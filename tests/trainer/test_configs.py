@@ -25,6 +25,7 @@ COMMAND_LINE = {
     "logging_steps": ("5", 5.0),
     "gradient_accumulation_steps": ("6", 6),  # 12 images / (2 per micro-batch * 3 updates) * 3 steps
     "bf16": ("True", True),
+    "logging_nan_inf_filter": ("True", True),
     "remove_unused_columns": ("True", True),
     "model_init_kwargs": ('{"variant": "fp16"}', {"variant": "fp16"}),
     "pipeline_kwargs": (
@@ -37,6 +38,8 @@ COMMAND_LINE = {
     "num_generations": ("6", 6),
     "generation_batch_size": ("12", 12),
     "per_device_rollout_batch_size": ("3", 3),
+    "per_device_decode_batch_size": ("5", 5),
+    "offload_text_encoders": ("True", True),
     "updates_per_generation": ("3", 3),
     "num_iterations": ("2", 2),
     "shuffle_dataset": ("false", False),
@@ -44,6 +47,10 @@ COMMAND_LINE = {
     "beta": ("0.01", 0.01),
     "adv_clip_max": ("3", 3.0),
     "reward_weights": ("1 -0.5", [1.0, -0.5]),
+    "overlap_rewards": ("false", False),
+    "reward_timeout": ("30", 30.0),
+    "reward_retries": ("2", 2),
+    "reward_on_error": ("none", "none"),
     "out_of_domain_rewards": ("ocr scene", ["ocr", "scene"]),
     "ema_decay": ("0.5", 0.5),
     "ema_update_steps": ("2", 2),

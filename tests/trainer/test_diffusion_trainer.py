@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import flow_trl
-from flow_trl.trainer import diffusion_trainer
+from flow_trl import checkpoints
 from flow_trl.trainer.diffusion_trainer import sample_generator
 from tests import pipelines, two_processes
 from tests.trainer.runs import (
@@ -304,8 +304,8 @@ def test_killed_while_saving(tmp_path, straight, place):
         trainer = make_trainer(tmp_path, callbacks=[], **SAVING)
         owner, name = {
             "optimizer": (trainer, "_save_optimizer_and_scheduler"),
-            "generation": (diffusion_trainer.Generation, "save"),
-            "weights": (diffusion_trainer, "save_file"),
+            "generation": (checkpoints.Generation, "save"),
+            "weights": (checkpoints, "save_file"),
             "average": (trainer.ema, "save"),
             "rename": (os, "replace"),
         }[place]

@@ -143,7 +143,7 @@ def test_reference_in_full_training_stays(tmp_path):
     trainer = make_trainer(tmp_path, method="flow", full=True, beta=0.1, learning_rate=1e-3, max_steps=4)
     start = copy.deepcopy(trainer.pipe.transformer.state_dict())
     trainer.train()
-    reference = trainer._reference_policy.denoiser
+    reference = trainer._reference._policy.denoiser
     assert reference is not trainer.pipe.transformer
     assert all(torch.equal(reference.state_dict()[name], value) for name, value in start.items())
     assert not any(parameter.requires_grad for parameter in reference.parameters())

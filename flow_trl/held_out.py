@@ -1,0 +1,88 @@
+"""Evaluation of image trainers: one image of each held-out prompt, scored."""
+
+import time
+from pathlib import Path
+
+import datasets
+import torch
+
+from .callbacks import log_image, save_image_grid
+from .generation import Chunk
+from .policy import Conditioning
+from .rollout import Trajectory, rollout
+from .utils import sample_generator, to_pil
+
+
+class Evaluations:
+    """How a [`~transformers.Trainer`] of pipelines evaluates, and keeps what its images look like."""
+
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Samples one image per prompt, deterministically (by the ODE of a flow model, by DDIM with `eta` of 0), with
+        `eval_num_inference_steps`, `eval_guidance_scale`, the averaged weights and noise that depends on the prompt's row
+        alone (the same in every evaluation of every run), and scores it.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+                Prompts; defaults to the trainer's `eval_dataset`.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `eval_reward`, its standard error `eval_reward_se`, and `eval_rewards/<name>/mean`,
+            `/std` and `/se` of each reward function.
+
+        Raises:
+            ValueError: if there is no data set.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if eval_dataset is None:
+            raise ValueError("`eval_dataset=None`: pass one to `evaluate` or to the trainer.")
+        if eval_dataset is not self.eval_dataset:
+            self._check_dataset("eval_dataset", eval_dataset)
+        args, started = self.args, time.perf_counter()
+        processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
+        share = -(-size // processes)
+        rows = [min(row, size - 1) for row in range(rank * share, (rank + 1) * share)]
+
+        def sample(chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
+            generators = [sample_generator("eval", row) for row in chunk.rows]
+            schedule = {"num_inference_steps": args.eval_num_inference_steps, "ode_step": self._ode_step}
+            return rollout(self.eval_policy, conditioning, index, generators, **schedule)
+
+        with self._evaluated_weights():
+            options = {"batch_size": args.per_device_eval_batch_size, "num_images": args.num_images_to_save}
+            sampled = self._scored(self._eval_sampler, eval_dataset, rows, sample, **options)
+        self._raise_together(sampled)
+        scores = self.accelerator.gather(sampled.scores[:, 0].to(self.accelerator.device)).cpu()
+        scores = scores[:size]  # the last row is repeated so that all processes have as many
+        rewards = self.scorer.weighted(scores)
+        metrics = {"reward": rewards.mean().item(), "reward_se": rewards.std(unbiased=False).item() / size**0.5}
+        metrics |= self.scorer.metrics(scores, errors=True) | sampled.logged()
+        metrics["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self._save_images(sampled.images, metric_key_prefix)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_images(self, images: list, name: str) -> None:
+        if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
+            return
+        images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
+        grid = save_image_grid(images, columns=min(8, len(images)), path=path)
+        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks)
