@@ -342,10 +342,10 @@ class PipelinePolicy:
             for encoder in encoders:
                 encoder.to("cpu")
 
-    def _runner(self) -> DiffusionPipeline:
+    def _runner(self, device: torch.device, **attributes: Any) -> DiffusionPipeline:
         runner = copy.copy(self.pipe)
         runner.__class__ = self._runner_class
-        runner.__dict__["_policy_device"] = self.device
+        runner.__dict__.update(attributes, _policy_device=device)
         return runner
 
     @torch.no_grad()
@@ -360,7 +360,7 @@ class PipelinePolicy:
         Returns:
             [`Conditioning`] of length N.
         """
-        prompts, runner = list(prompts), self._runner()
+        prompts, runner = list(prompts), self._runner(self.device)
         parameters = inspect.signature(runner.encode_prompt).parameters
         # What some classes require, and what changes the embedding.
         kwargs = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
@@ -455,8 +455,7 @@ class PipelinePolicy:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
         sigmas = None if schedule.sigmas is None else schedule.sigmas[step_index : step_index + 2]
-        timesteps = schedule.timesteps[step_index : step_index + 1].to(self.device)
-        stand_in = _StandIn(self.pipe.scheduler, Schedule(timesteps, sigmas))
+        stand_in = _StandIn(self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas))
         self._call(
             stand_in, self.forward if grad else self.denoiser, conditioning, grad=grad, num_inference_steps=1,
             latents=latents,
@@ -507,19 +506,18 @@ class PipelinePolicy:
         return pixels if output_type == "uint8" else to_pil(pixels)
 
     def _call(self, stand_in: _StandIn, forward: Callable, conditioning: Conditioning, grad: bool = False, **kwargs):
-        runner = self._runner()
-        runner.__dict__.update(
-            {
-                "scheduler": stand_in,
-                self.denoiser_name: ModuleProxy(self.denoiser, forward),
-                "safety_checker": None,  # it would black out what the policy made, noisy latents above all
-                "_progress_bar_config": {"disable": True},
-            }
+        device = self.device
+        runner = self._runner(
+            device,
+            scheduler=stand_in,
+            safety_checker=None,  # it would black out what the policy made, noisy latents above all
+            _progress_bar_config={"disable": True},
+            **{self.denoiser_name: ModuleProxy(self.denoiser, forward)},
         )
         if kwargs.get("latents") is not None:
-            kwargs["latents"] = kwargs["latents"].to(self.device)
+            kwargs["latents"] = kwargs["latents"].to(device)
         embeddings = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in conditioning.arguments.items()
         }
         with torch.set_grad_enabled(grad):

@@ -130,7 +130,7 @@ def test_equals_completions_run_one_after_another(policy, conditioning, sde_type
         (True, 1, 55, 55, 3, 3),  # each call is one latent of each sample
         (True, 1, 55, 55, 5, 3),
         (True, 1, 55, 30, 6, 6),
-        (True, 1, 55, 110, 2, 2),  # two samples, then one
+        (True, 1, 55, 55 + 30, 2, 2),  # two samples, then one, of which two latents fit into a call
         (True, 2, 30, 10, None, 15),
         (False, 1, 10, 10, None, 3),
     ],

@@ -149,12 +149,13 @@ class DDPOTrainer(DiffusionTrainer):
     def _step_penalties(self, trajectory: Trajectory) -> torch.Tensor:
         """KL penalty (N, T) of each step of all processes."""
         penalties, device = torch.zeros_like(trajectory.log_probs), self.accelerator.device
+        schedule = trajectory.schedule._replace(timesteps=trajectory.schedule.timesteps.to(device))
         if self.args.beta:
             rows = torch.arange(len(penalties)).split(self.args.per_device_rollout_batch_size)
             for k, part in itertools.product(range(penalties.shape[1]), rows):
                 latents, next_latents = (trajectory.latents[part, i].to(device) for i in (k, k + 1))
-                output = self._reference.predict(latents, k, self._conditions(part), trajectory.schedule)
-                reference = self._transition(output, latents, k, trajectory.schedule, next_sample=next_latents)
+                output = self._reference.predict(latents, k, self._conditions(part), schedule)
+                reference = self._transition(output, latents, k, schedule, next_sample=next_latents)
                 penalties[part, k] = trajectory.log_probs[part, k] - reference.log_prob.cpu()
             self._record({"kl": penalties.mean().item()})
         return self.args.beta * self.accelerator.gather(penalties.to(device)).cpu()

@@ -270,8 +270,16 @@ def test_failure_that_may_pass_is_tried_again(failure):
     [
         (reset, ConnectionError, r"failed in 3 of 3 attempts, the last time with \w+Error.*Is the server running\?"),
         (hang, ConnectionError, r"failed in 3 of 3 attempts, the last time without an answer within `timeout`, 0.7 s"),
-        (answer(b"KeyError: 'no such thing'", 500), RuntimeError, "failed in 3 of 3 attempts.* with 500 .*'no such thing'"),
-        (answer(b"busy", 429), RuntimeError, "failed in 3 of 3 attempts, the last time with 429 Too Many Requests: busy"),
+        (
+            answer(b"KeyError: 'no such thing'", 500),
+            RuntimeError,
+            "failed in 3 of 3 attempts.* with 500 .*'no such thing'",
+        ),
+        (
+            answer(b"busy", 429),
+            RuntimeError,
+            "failed in 3 of 3 attempts, the last time with 429 Too Many Requests: busy",
+        ),
     ],
     ids=["reset", "slow", "500", "429"],
 )
