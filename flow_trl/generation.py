@@ -237,6 +237,9 @@ def stream(
             yield scored
         scored = kept, start(item, images)
         del images  # the scoring thread has the only reference
+        if not overlap:
+            yield scored
+            scored = None
     if scored is not None:
         with stopwatch("reward_wait"):
             wait([scored[1]])

@@ -1,6 +1,7 @@
 """What all trainers of diffusers pipelines share: from prompts through images and rewards to a clipped loss."""
 
 import hashlib
+import json
 import time
 from abc import abstractmethod
 from contextlib import contextmanager, nullcontext
@@ -321,8 +322,11 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
 
     def _sampling_key(self, step: int) -> str:
         """A short text of all that the samples of a generation depend on."""
-        everything = (step, self.model_name, self.args.sampling_arguments, fingerprint(self._trained.values()))
-        return hashlib.blake2b(repr(everything).encode(), digest_size=16).hexdigest()
+        denoiser = self.policy.denoiser
+        adapters = {name: config.to_dict() for name, config in getattr(denoiser, "peft_config", {}).items()}
+        everything = [step, self.model_name, self.args.sampling_arguments, adapters, fingerprint(denoiser.parameters())]
+        text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
         """What a sampler makes, or the error of a reward function."""

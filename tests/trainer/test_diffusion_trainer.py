@@ -1,14 +1,21 @@
 """What all trainers of pipelines share, on the trainers of flow models."""
 
 import asyncio
+import functools
+import gc
 import multiprocessing
 import os
 import signal
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from huggingface_hub import HfApi, ModelCard
@@ -529,6 +536,287 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path, full):
         assert plain.norm() > 1e-4
         assert relative(checkpointed, plain) < 1e-5
     assert recomputed[1] == recomputed[0] + 16  # 2 updates of 4 micro-batches at 2 steps, once more each
+
+
+@pytest.mark.parametrize("method, beta", [("flow", 0.0), ("flow", 0.1), ("tp", 0.1), ("ddpo", 0.1), ("tdpo_r", 0.1)])
+def test_micro_batches_do_not_wait_for_the_device(tmp_path, monkeypatch, method, beta):
+    """On the meta device, `.item()`, `.cpu()` and whatever else waits for a device raises."""
+    trainer = make_trainer(tmp_path, method=method, beta=beta, max_steps=1)
+    trainer.train()
+    meta = torch.device("meta")
+    monkeypatch.setattr(Accelerator, "device", meta)
+    for module in [*trainer.pipe.components.values(), getattr(trainer, "critic", None)]:
+        if isinstance(module, torch.nn.Module):
+            module.to(meta)
+    if method == "tdpo_r":
+        trainer._critic_inputs = {name: tensor.to(meta) for name, tensor in trainer._critic_inputs.items()}
+    trainer._set_generation(trainer._generation)
+    for batch in trainer._micro_batches(0)[:3]:
+        trainer.training_step(trainer.model, batch)
+    gradients = [weight.grad for weight in trainer.model.parameters() if weight.requires_grad]
+    assert gradients and all(gradient.device == meta for gradient in gradients)
+    assert any(
+        isinstance(value, torch.Tensor) and value.device == meta
+        for values in trainer._metrics.values()
+        for value in values
+    )
+    with pytest.raises(RuntimeError):
+        torch.ones(1, device=meta).item()
+
+
+# Generations
+
+
+STREAM = {"per_device_rollout_batch_size": 6, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("streamed"), **STREAM | {"save_strategy": "no"})
+    trainer.train()
+    return trainer
+
+
+def counted_rollouts(trainer):
+    """Chunks that are sampled from now on, as the places of their images."""
+    chunks, sample = [], trainer._sample
+
+    def counted(step, chunk, *rest):
+        chunks.append((step, chunk.first))
+        return sample(step, chunk, *rest)
+
+    trainer._sample = counted
+    return chunks
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_interrupted_scoring_goes_on_without_sampling_again(tmp_path, streamed, overlap):
+    """An error in the second chunk of the second generation, while, if in a thread, the third is sampled beside it."""
+    calls = []
+
+    def breaks(prompts, images, **columns):
+        calls.append(len(images))
+        if len(calls) == 3 * 3 + 3 + 2:  # three images per trajectory
+            raise OSError("the judge is away")
+        return [gray(image) for image in images]
+
+    trainer = make_trainer(tmp_path, reward_funcs=breaks, overlap_rewards=overlap, **STREAM)
+    chunks = counted_rollouts(trainer)
+    with pytest.raises(OSError, match="the judge is away") as info:
+        trainer.train()
+    assert "`breaks`" in "".join(info.value.__notes__) and "checkpoint-2" in "".join(info.value.__notes__)
+    sampled = chunks[3:]
+    assert sampled == [(2, 0), (2, 6), (2, 12)][: 3 if overlap else 2]
+    assert len(list((tmp_path / "_sampled").iterdir())) == len(sampled)
+
+    resumed = make_trainer(tmp_path, reward_timeout=60, overlap_rewards=overlap, **STREAM)
+    chunks = counted_rollouts(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert [chunk for chunk in chunks if chunk[0] == 2] == [(2, 0), (2, 6), (2, 12)][len(sampled) :]
+    assert torch.equal(weights(resumed), weights(streamed))
+    for name in ("total_nfe", "total_reward_calls", "nfe", "loss", "reward", "kl"):
+        assert logged(resumed, name)[-2:] == logged(streamed, name)[-2:], name
+    assert not (tmp_path / "_sampled").exists()
+
+
+def test_an_error_before_the_first_update(tmp_path, streamed):
+    def broken(prompts, images, **columns):
+        raise OSError("the judge is away")
+
+    with pytest.raises(OSError) as info:
+        make_trainer(tmp_path, reward_funcs=broken, **STREAM).train()
+    assert "start again with the same `output_dir`" in "".join(info.value.__notes__)
+    again = make_trainer(tmp_path, **STREAM)
+    chunks = counted_rollouts(again)
+    again.train()
+    assert (0, 0) not in chunks and (0, 12) in chunks
+    assert torch.equal(weights(again), weights(streamed))
+
+
+def test_killed_while_scoring(tmp_path, streamed):
+    def child():
+        calls = []
+
+        def killed(prompts, images, **columns):
+            calls.append(len(images))
+            if len(calls) == 3 * 3 + 3 + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return [gray(image) for image in images]
+
+        make_trainer(tmp_path, reward_funcs=killed, **STREAM).train()
+
+    assert in_another_process(child) == -signal.SIGKILL
+    resumed = make_trainer(tmp_path, **STREAM)
+    chunks = counted_rollouts(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert {(2, 0), (2, 6)}.isdisjoint(chunks) and (4, 0) in chunks
+    assert torch.equal(weights(resumed), weights(streamed))
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 3.0}, {"noise_level": 0.5}, {"seed": 1}, {"lora_alpha": 4}])
+def test_samples_of_other_settings_are_not_taken(tmp_path, change):
+    def broken(prompts, images, **columns):
+        raise OSError
+
+    with pytest.raises(OSError):
+        make_trainer(tmp_path, reward_funcs=broken, **STREAM).train()
+    assert list((tmp_path / "_sampled").iterdir())
+    other = make_trainer(tmp_path, **STREAM | {"max_steps": 1} | change)
+    chunks = counted_rollouts(other)
+    other.train()
+    assert chunks == [(0, 0), (0, 6), (0, 12)]
+
+
+@pytest.mark.parametrize("method", ["tp", "flow", "tdpo_r"])
+def test_the_thread_changes_nothing(tmp_path, method):
+    runs = [make_trainer(tmp_path, method=method, overlap_rewards=o, max_steps=3, beta=0.1) for o in (True, False)]
+    for trainer in runs:
+        trainer.train()
+    assert torch.equal(*map(weights, runs))
+    assert logged(runs[0], "reward") == logged(runs[1], "reward")
+
+
+def test_two_chunks_of_images_exist_at_most(tmp_path):
+    """Counted by finalizers: pixels of a chunk being scored, those of the next, PIL images of one call."""
+    alive, peak = {"pixels": 0, "pil": 0}, {"pixels": 0, "pil": 0}
+
+    def born(kind, thing, count):
+        alive[kind] += count
+        peak[kind] = max(peak[kind], alive[kind])
+        weakref.finalize(thing, lambda: alive.__setitem__(kind, alive[kind] - count))
+
+    calls = []
+
+    def watched(prompts, images, **columns):
+        calls.append(len(images))
+        for image in images:
+            born("pil", image, 1)
+        for _ in range(2000):  # until the next chunk, if there is one, is decoded
+            if alive["pixels"] == 2 or len(calls) > 15 * 3:
+                break
+            time.sleep(0.005)
+        return [gray(image) for image in images]
+
+    trainer = make_trainer(
+        tmp_path, reward_funcs=watched, generation_batch_size=64, per_device_rollout_batch_size=4, max_steps=1,
+        train=prompts(8), num_generations=8,
+    )  # fmt: skip
+    decode = trainer._sampler._decode
+
+    def counted(*args):
+        pixels = decode(*args)
+        born("pixels", pixels, 1)
+        return pixels
+
+    trainer._sampler._decode = counted
+    trainer.train()
+    gc.collect()
+    assert peak == {"pixels": 2, "pil": 4}
+    assert alive == {"pixels": 0, "pil": 0}
+
+
+def test_decoding_in_batches_of_its_own(tmp_path):
+    whole, parts = (make_trainer(tmp_path, per_device_decode_batch_size=size, max_steps=1) for size in (None, 5))
+    sizes, decode = [], parts.pipe.vae.decode
+    parts.pipe.vae.decode = lambda latents, **kwargs: sizes.append(len(latents)) or decode(latents, **kwargs)
+    whole.train()
+    parts.train()
+    assert sizes == [5] * 9 + [3]  # 16 trajectories with three images each
+    assert relative(weights(whole), weights(parts)) < 1e-3
+    np.testing.assert_allclose(logged(whole, "reward"), logged(parts, "reward"), atol=1e-3)
+
+
+def test_each_prompt_is_embedded_once(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=8, evaluation=prompts(3))  # 4 generations of 4 prompts, of 8
+    asked, encode_prompt = [], type(trainer.pipe).encode_prompt
+
+    @functools.wraps(encode_prompt)
+    def counted(self, *args, **kwargs):
+        if kwargs["prompt"] is not None:  # else the pipeline hands on embeddings
+            asked.append(kwargs["prompt"])
+        return encode_prompt(self, *args, **kwargs)
+
+    trainer._sampler.policy._runner_class.encode_prompt = counted
+    trainer._eval_sampler.policy._runner_class.encode_prompt = counted
+    trainer.train()
+    assert sorted(sum(asked, [])) == sorted(PROMPTS)
+    asked.clear()
+    trainer.evaluate()
+    trainer.evaluate()
+    assert asked == [PROMPTS[:3]]
+
+
+def test_resumed_in_the_second_epoch(tmp_path):
+    """Prompts that the straight run knows already, and the resumed one does not."""
+    config = {"per_device_rollout_batch_size": 6, "max_steps": 8, "save_strategy": "steps", "save_steps": 5}
+    straight = make_trainer(tmp_path, **config)
+    straight.train()
+    resumed = make_trainer(tmp_path, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def test_offloaded_text_encoders_train_the_same(tmp_path):
+    trainers = [make_trainer(tmp_path, offload_text_encoders=offload, max_steps=2) for offload in (False, True)]
+    moves, encoder = [], trainers[1].pipe.text_encoder
+    to = encoder.to
+    encoder.to = lambda device: moves.append(str(device)) or to(device)
+    for trainer in trainers:
+        trainer.train()
+    assert torch.equal(*map(weights, trainers))
+    assert moves == ["cpu", "cpu"]  # to the device that encodes, and back: once for a generation
+
+
+def test_what_trl_gives_reward_functions(tmp_path):
+    steps = []
+
+    def by_name(prompts, images, number, easy, trainer_state, log_metric, log_extra):
+        steps.append(trainer_state.global_step)
+        log_metric("brightest", max(gray(image) for image in images))
+        log_extra("gray", [gray(image) for image in images])
+        return [gray(image) for image in images]
+
+    def without(prompts, images, number, easy):
+        return [0.0] * len(images)
+
+    trainer = make_trainer(
+        tmp_path, reward_funcs=[by_name, without], log_completions=True, per_device_rollout_batch_size=6,
+        evaluation=prompts(3),
+    )  # fmt: skip
+    trainer.train()
+    assert steps == [0] * 9
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert list(table.columns) == ["step", "prompt", "advantage", "by_name", "without", "gray"]
+    assert len(table) == 16 and table["gray"].round(4).tolist() == table["by_name"].round(4).tolist()
+    assert set(table["prompt"]) <= set(PROMPTS) and table["advantage"].abs().max() > 0
+    assert 0 < logged(trainer, "brightest")[0] < 1
+    assert "eval_brightest" in trainer.evaluate()
+
+
+def test_failed_rewards_are_counted(tmp_path, caplog):
+    calls = []
+
+    def flaky(prompts, images, **columns):
+        calls.append(len(images))
+        if len(calls) % 3 == 0:
+            raise OSError("the judge is away")
+        return [gray(image) for image in images]
+
+    trainer = make_trainer(tmp_path, reward_funcs=[brightness, flaky], reward_on_error="none", max_steps=1)
+    trainer.train()
+    assert logged(trainer, "rewards/flaky/failed") == [pytest.approx(1 / 3)]
+    assert not logged(trainer, "rewards/flaky/mean") and not logged(trainer, "rewards/brightness/failed")
+    assert "the judge is away" in caplog.text and "16 images have no score" in caplog.text
+
+
+def test_a_reward_that_never_applies_is_warned_of(tmp_path, caplog):
+    def never(prompts, images, **columns):
+        return [None] * len(images)
+
+    transformers.utils.logging.enable_propagation()
+    make_trainer(tmp_path, reward_funcs=[brightness, never], max_steps=4).train()
+    transformers.utils.logging.disable_propagation()
+    assert caplog.text.count("`never` gave no score to any image") == 1
 
 
 # Rewards
