@@ -80,13 +80,17 @@ class EMACallback(TrainerCallback):
             shadow.copy_(tensors[name])
 
 
-def save_image_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
+FRAMES_SHOWN, FRAMES_PER_SECOND = 4, 8  # of a video in a grid, and of an animation
+
+
+def save_image_grid(images: list, columns: int, path: str | Path) -> Image.Image:
     """
-    Writes images of one size as a PNG grid, filled row by row; missing places stay white.
+    Writes images of one size as a PNG grid, filled row by row; missing places stay white. A video is shown as a strip of
+    frames, and the grid of moving videos is written beside it as a GIF.
 
     Args:
-        images (`list[PIL.Image.Image]`):
-            The images.
+        images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+            The images, or videos as lists of frames.
         columns (`int`):
             Number of columns.
         path (`str` or `Path`):
@@ -102,20 +106,39 @@ def save_image_grid(images: list[Image.Image], columns: int, path: str | Path) -
     (128, 64)
     ```
     """
-    images = [frames[0] if isinstance(frames, list) else frames for frames in images]  # a video: its first frame
-    rows = -(-len(images) // columns)
-    blank = Image.new("RGB", images[0].size, "white")
-    grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(images[0], list):
+        frames = [_grid(list(frame), columns) for frame in zip(*images, strict=True)]
+        options = {"append_images": frames[1:], "duration": 1000 // FRAMES_PER_SECOND, "loop": 0}
+        frames[0].save(Path(path).with_suffix(".gif"), save_all=True, **options)
+        images, columns = [_strip(frames) for frames in images], max(1, columns // FRAMES_SHOWN)
+    grid = _grid(images, columns)
     grid.save(path)
     return grid
 
 
+def _grid(images: list[Image.Image], columns: int) -> Image.Image:
+    rows = -(-len(images) // columns)
+    blank = Image.new("RGB", images[0].size, "white")
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
+
+
+def _strip(frames: list[Image.Image]) -> Image.Image:
+    """The first, the last and some frames between them, side by side."""
+    shown = [frames[i] for i in np.linspace(0, len(frames) - 1, min(FRAMES_SHOWN, len(frames))).round().astype(int)]
+    return make_image_grid(shown, rows=1, cols=len(shown))
+
+
 def log_image(
-    image: Image.Image, name: str, step: int, report_to: list[str], callbacks: list[TrainerCallback]
+    image: Image.Image,
+    name: str,
+    step: int,
+    report_to: list[str],
+    callbacks: list[TrainerCallback],
+    video: str | Path | None = None,
 ) -> None:
     """
-    Sends a picture to the trackers that a trainer reports to.
+    Sends a picture to the trackers that a trainer reports to, or a video to those that can show one.
 
     Args:
         image (`PIL.Image.Image`):
@@ -128,6 +151,8 @@ def log_image(
             `args.report_to` of the trainer. Trackers that are not known here get no picture, with a warning.
         callbacks (`list[TrainerCallback]`):
             The trainer's callbacks; TensorBoard's holds the writer.
+        video (`str` or `Path`, *optional*):
+            File of a video, which takes the picture's place except in TensorBoard.
     """
     for tracker in report_to:
         if tracker == "tensorboard":
@@ -136,10 +161,14 @@ def log_image(
                     callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
         elif tracker in ("wandb", "trackio"):
             module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
-            module.log({name: module.Image(image), "train/global_step": step})
+            shown = module.Image(image) if video is None else module.Video(str(video), format="gif")
+            module.log({name: shown, "train/global_step": step})
         elif tracker == "mlflow":
             module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
-            module.log_image(image, key=name.replace("/", "_"), step=step)
+            if video is None:
+                module.log_image(image, key=name.replace("/", "_"), step=step)
+            else:
+                module.log_artifact(str(video), artifact_path="videos")
         else:
             logger.warning("`report_to=%r`: pictures are not sent to this tracker; they are in `output_dir`.", tracker)
 

@@ -85,4 +85,5 @@ class Evaluations:
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
-        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks)
+        video = path.with_suffix(".gif") if isinstance(images[0], list) else None
+        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, video)

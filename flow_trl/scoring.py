@@ -9,7 +9,7 @@ import numbers
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from decimal import Decimal
 from functools import partial
@@ -37,15 +37,22 @@ def in_thread(call: Callable[[], Any]) -> Future:
     future.set_running_or_notify_cancel()
 
     def run():
+        nonlocal call
         try:
             if device is not None:
                 torch.cuda.set_device(device)
-            future.set_result(call())
+            result, call = call(), None  # the images that it was given are free before the result is known
+            future.set_result(result)
         except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def _read(result: Any) -> Any:
+    """What a function returned; a generator does its work here."""
+    return list(result) if isinstance(result, Iterator) else result
 
 
 def own_images(images: list | torch.Tensor) -> list:
@@ -263,9 +270,13 @@ class Scorer:
             Exception: what a function raised, or `TimeoutError`, `TypeError` or `ValueError` if it took too long or
                 returned no scores; with a note that names the function. Not if `reward_on_error="none"`.
         """
+        columns = columns or {}
+        lengths = {name: len(values) for name, values in {"images": images, "prompts": prompts, **columns}.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Scores need a prompt and an entry of each column per image, but there are {lengths}.")
         asked = range(len(self.funcs)) if functions is None else functions
         scores = torch.full((len(prompts), len(self.funcs)), float("nan"))
-        arguments = (images, prompts, columns or {}, extras or {})
+        arguments = (images, prompts, columns, extras or {})
         started = {f: self._start(f, *arguments) for f in asked if self._is_async(f)}
         concurrent = {f: in_thread(partial(self._try, f, *arguments, future)) for f, future in started.items()}
         results = {f: self._try(f, *arguments) for f in asked if f not in concurrent}
@@ -327,6 +338,14 @@ class Scorer:
                 return self._checked(f, self._result(future), prompts)
             except Exception as error:
                 failure = error
+            if attempt == self.reward_retries and self.reward_on_error == "raise":
+                failure.add_note(
+                    f"Raised by the reward function `{self.names[f]}` for {len(prompts)} images, the first of them "
+                    f"with the prompt {prompts[0]!r}."
+                )
+                raise failure
+            # Their frames would keep the images until the garbage is collected.
+            failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             if attempt < self.reward_retries:
                 wait = min(FIRST_BACKOFF * 2**attempt, LAST_BACKOFF)
                 logger.warning(
@@ -334,12 +353,6 @@ class Scorer:
                     self.names[f], failure, wait, attempt + 1, self.reward_retries,
                 )  # fmt: skip
                 time.sleep(wait)
-        if self.reward_on_error == "raise":
-            failure.add_note(
-                f"Raised by the reward function `{self.names[f]}` for {len(prompts)} images, the first of them "
-                f"with the prompt {prompts[0]!r}."
-            )
-            raise failure
         self.failures[self.names[f]] += len(prompts)
         logger.warning(
             "The reward function `%s` failed (%r): %d images have no score from it (`reward_on_error='none'`).",
@@ -349,16 +362,15 @@ class Scorer:
 
     def _start(self, f: int, images: list, prompts: list[str], columns: dict, extras: dict) -> Future:
         """Calls a function: an async one in the event loop, a sync one here, or in a thread if it can take too long."""
-        func = self.funcs[f]
+        func, future = self.funcs[f], Future()
         arguments = {"prompts": list(prompts), "images": own_images(images), **copy.deepcopy(columns)}
         arguments |= self._extras(func, extras)
-        if self._is_async(f):
-            return self._submit(func(**arguments))
-        if self.reward_timeout is not None:
-            return in_thread(partial(func, **arguments))
-        future = Future()
         try:
-            future.set_result(func(**arguments))
+            if self._is_async(f):
+                return self._submit(func(**arguments))
+            if self.reward_timeout is not None:
+                return in_thread(lambda: _read(func(**arguments)))
+            future.set_result(_read(func(**arguments)))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -367,7 +379,10 @@ class Scorer:
         """Awaits something in the event loop that all async functions share."""
 
         async def finish():
-            return await awaitable
+            try:
+                return _read(await awaitable)
+            except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and who waits for it would wait for ever
+                raise RuntimeError(f"It raised {error!r}.") from error
 
         if self._loop is None:
             _, self._loop, ready = start_event_loop_in_daemon("flow_trl-rewards")
@@ -390,16 +405,18 @@ class Scorer:
 
     def _leave_blocked_loop(self) -> None:
         """Lets a new event loop serve the next calls if an async function blocks the present one."""
-        if self._loop is not None:
+        loop = self._loop
+        if loop is not None:
             try:
-                asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(timeout=1)
+                asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=1)
             except TimeoutError:
-                self._loop = None
+                if self._loop is loop:  # not one that another function has started meanwhile
+                    self._loop = None
 
     def _checked(self, f: int, result: Any, prompts: list[str]) -> list[float]:
         name = self.names[f]
         try:
-            if isinstance(result, str | bytes | dict | set):
+            if isinstance(result, str | bytes | Mapping | Set):
                 raise TypeError
             result = list(result)
         except TypeError:
@@ -417,7 +434,7 @@ class Scorer:
             if isinstance(score, torch.Tensor | np.ndarray | np.generic) and math.prod(score.shape) == 1:
                 score = score.item()
             if isinstance(score, Decimal):
-                score = float(score)
+                score = math.nan if score.is_nan() else float(score)  # a signaling NaN is no float
             if score is not None and not isinstance(score, numbers.Real):
                 raise TypeError(
                     f"Reward function `{name}` returned {score!r}, a {type(score).__name__}, for image {index} "

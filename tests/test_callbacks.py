@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,18 +87,33 @@ def test_grid_is_filled_row_by_row(tmp_path, count, columns, rows):
         assert (tile == ((10 * place, 0, 0) if place < count else 255)).all()
 
 
-def test_grid_of_videos_has_their_first_frames(tmp_path):
-    grid = save_image_grid([tiles(3), tiles(3)[::-1]], columns=2, path=tmp_path / "grid.png")
-    assert [grid.getpixel((x, 0))[0] for x in (0, 6)] == [0, 20]
+def test_grid_of_videos_has_strips_of_frames_and_moves_beside_it(tmp_path):
+    grid = save_image_grid([tiles(7), tiles(7)[::-1]], columns=8, path=tmp_path / "grid.png")
+    assert grid.size == (2 * 4 * 6, 4)
+    assert [grid.getpixel((x, 0))[0] for x in range(0, 48, 6)] == [0, 20, 40, 60, 60, 40, 20, 0]
+    with Image.open(tmp_path / "grid.gif") as moving:
+        assert (moving.size, moving.n_frames) == ((8 * 6, 4), 7)
+        for frame in range(7):
+            moving.seek(frame)
+            assert [moving.convert("RGB").getpixel((x, 0))[0] for x in (0, 6)] == [10 * frame, 60 - 10 * frame]
+    assert save_image_grid([tiles(2)] * 3, columns=2, path=tmp_path / "grid.png").size == (2 * 6, 3 * 4)
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_pictures_reach_the_tracker(monkeypatch, tracker):
     sent = []
-    module = SimpleNamespace(log=sent.append, Image=lambda image: ("picture", image.size))
+    module = SimpleNamespace(
+        log=sent.append,
+        Image=lambda image: ("picture", image.size),
+        Video=lambda path, format: ("video", path, format),
+    )
     monkeypatch.setitem(sys.modules, tracker, module)
     log_image(tiles(1)[0], "images/eval", 7, [tracker], [])
-    assert sent == [{"images/eval": ("picture", (6, 4)), "train/global_step": 7}]
+    log_image(tiles(1)[0], "images/eval", 8, [tracker], [], video=Path("eval.gif"))
+    assert sent == [
+        {"images/eval": ("picture", (6, 4)), "train/global_step": 7},
+        {"images/eval": ("video", "eval.gif", "gif"), "train/global_step": 8},
+    ]
 
 
 def test_pictures_reach_mlflow(monkeypatch):

@@ -324,7 +324,13 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         """A short text of all that the samples of a generation depend on."""
         denoiser = self.policy.denoiser
         adapters = {name: config.to_dict() for name, config in getattr(denoiser, "peft_config", {}).items()}
-        everything = [step, self.model_name, self.args.sampling_arguments, adapters, fingerprint(denoiser.parameters())]
+        everything = [
+            step,
+            self.model_name,
+            self.args.sampling_arguments,
+            adapters,
+            fingerprint(denoiser.parameters()),
+        ]
         text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

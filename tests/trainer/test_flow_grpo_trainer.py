@@ -50,8 +50,15 @@ def test_videos(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert [len(frames) for frames in seen] == [5] * 8
-    assert (tmp_path / "images" / "train-000001.png").is_file()
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"train-000001.png", "train-000001.gif"}
     assert trainer.watch.gradients[0].norm() > 1e-5
+
+
+def test_rewards_of_single_images_are_refused_for_videos_before_sampling(tmp_path):
+    arguments = {"method": "flow", "pipe": pipelines.wan(), "reward_funcs": ["jpeg_compressibility"]}
+    with pytest.raises(ValueError, match="`jpeg_compressibility` scores single images, but the pipeline makes videos"):
+        make_trainer(tmp_path, pipeline_kwargs={**SIZE, "num_frames": 5, "max_sequence_length": 16}, **arguments)
+    make_trainer(tmp_path, pipeline_kwargs={**SIZE, "num_frames": 1, "max_sequence_length": 16}, **arguments)
 
 
 def transition_mean(x, v, s, s_next, s_1, sde_type, a=0.7):
