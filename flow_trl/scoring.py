@@ -188,6 +188,7 @@ class Scorer:
         )
         self.failures: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
 
     def check_videos(self, videos: bool) -> None:
         """Raises a `ValueError` if videos are scored and a function does not take them."""
@@ -267,6 +268,7 @@ class Scorer:
             `torch.Tensor` of shape `(N, F)`, float32: scores; NaN where a function does not apply or was not asked.
 
         Raises:
+            ValueError: if there are not as many prompts or entries of a column as images.
             Exception: what a function raised, or `TimeoutError`, `TypeError` or `ValueError` if it took too long or
                 returned no scores; with a note that names the function. Not if `reward_on_error="none"`.
         """
@@ -296,7 +298,7 @@ class Scorer:
         Returns:
             `torch.Tensor` of shape `(...)`: rewards, 0 where no function applies.
         """
-        return (scores * self.weights)[..., self.weights != 0].nansum(dim=-1)
+        return (scores * self.weights).nansum(dim=-1)
 
     def metrics(self, scores: torch.Tensor, errors: bool = False) -> dict[str, float]:
         """
@@ -381,13 +383,14 @@ class Scorer:
         async def finish():
             try:
                 return _read(await awaitable)
-            except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and who waits for it would wait for ever
+            except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and nobody would get an answer
                 raise RuntimeError(f"It raised {error!r}.") from error
 
-        if self._loop is None:
-            _, self._loop, ready = start_event_loop_in_daemon("flow_trl-rewards")
-            ready.wait()
-        return asyncio.run_coroutine_threadsafe(finish(), self._loop)
+        with self._starting:  # functions that are called again after a loop was blocked do not start one each
+            if self._loop is None:
+                _, self._loop, ready = start_event_loop_in_daemon("flow_trl-rewards")
+                ready.wait()
+            return asyncio.run_coroutine_threadsafe(finish(), self._loop)
 
     def _result(self, future: Future) -> Any:
         try:
@@ -410,8 +413,9 @@ class Scorer:
             try:
                 asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=1)
             except TimeoutError:
-                if self._loop is loop:  # not one that another function has started meanwhile
-                    self._loop = None
+                with self._starting:
+                    if self._loop is loop:  # not one that another function has started meanwhile
+                        self._loop = None
 
     def _checked(self, f: int, result: Any, prompts: list[str]) -> list[float]:
         name = self.names[f]

@@ -152,3 +152,11 @@ def test_rollout_benchmark():
     assert [float(rows[name][0]) for name in ("sequential", "wavefront", "wavefront, stride 2")] == [64, 55, 30]
     assert [int(rows[name][1]) for name in ("sequential", "wavefront")] == [64, 10]
     assert "0 images differ" in output and "| 1 | 100.0% |" in output
+
+
+def test_generation_memory_benchmark():
+    output = run("benchmarks/generation_memory.py", "--sizes", "16")
+    scored, seconds, peak, held, kept = map(float, rows_of(output)["16"])
+    assert scored == 16 * 6 and seconds > 0 and peak > held > 0 and kept < 1
+    counted = output.split("in GB:\n\n")[1]
+    assert counted in (EXAMPLES / "benchmarks/generation_memory.py").read_text()

@@ -17,6 +17,13 @@ f(prompts=[...], images=[...], **columns) -> list[float | None]
 It returns one number per image, higher is better. `None` means "not applicable": that image has no reward from this
 function, and only the other functions count.
 
+A generation is scored chunk by chunk, in a thread beside the sampling of the next chunk, and each function gets images and
+columns of its own, to do with as it likes. As TRL's, a function that takes them also gets `trainer_state` (the
+[`~transformers.TrainerState`]), `log_metric(name, value)` and `log_extra(column, values)` (one value per image; in the table
+that `log_completions` writes). [`~scoring.Scorer`] is what calls functions, checks what they return, and gives them a time
+limit and further tries; it works without a trainer too. [`~rewards.RemoteReward`] asks a server, which `python -m
+flow_trl.rewards.serve` is for any reward: so rewards run on another machine, or with other versions of packages.
+
 Example:
 
 ```python
