@@ -7,7 +7,7 @@ import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
-from flow_trl.policy import PIPELINE_FAMILIES, PipelineFamily, PipelinePolicy
+from flow_trl.policy import PIPELINE_FAMILIES, PipelineFamily, PipelinePolicy, PromptCache
 from tests import pipelines
 
 
@@ -425,3 +425,61 @@ def test_two_denoisers():
     pipe.register_modules(transformer_2=pipe.transformer)
     with pytest.raises(ValueError, match="`transformer_2`"):
         PipelinePolicy(pipe)
+
+
+class TestPromptCache:
+    PROMPTS = ["a red circle", "two small blue squares", "a cat", "a dog with a house"]
+
+    @pytest.fixture(params=["stable_diffusion_3", "flux", "qwen_image", "stable_diffusion_xl", "wan"])
+    def policy(self, request):
+        kwargs = {"height": 16, "width": 16}
+        return PipelinePolicy(
+            getattr(pipelines, request.param)(), guidance_scale=2.0, negative_prompt="blurry", **kwargs
+        )
+
+    def test_embeddings_are_those_of_the_pipeline(self, policy):
+        expected, cached = policy.encode(self.PROMPTS), PromptCache(policy).encode(self.PROMPTS)
+        assert expected.arguments.keys() == cached.arguments.keys()
+        for name, value in expected.arguments.items():
+            torch.testing.assert_close(cached.arguments[name], value, rtol=1e-5, atol=1e-5)
+
+    def test_they_do_not_depend_on_what_was_asked_before(self, policy):
+        straight, resumed = PromptCache(policy), PromptCache(policy)
+        straight.encode(self.PROMPTS[:3])
+        first, second = (cache.encode(self.PROMPTS[1:]) for cache in (straight, resumed))
+        for name, value in first.arguments.items():
+            assert value is None or torch.equal(value, second.arguments[name]), name
+
+    def test_the_ones_not_used_for_the_longest_time_go_first(self):
+        policy = PipelinePolicy(pipelines.stable_diffusion_3(t5=False), guidance_scale=1.0, max_sequence_length=16)
+        encoded, encode = [], policy.encode
+        policy.encode = lambda prompts: encoded.append(list(prompts)) or encode(prompts)
+        row = sum(value.nbytes for value in encode(["a"]).arguments.values() if value is not None)
+        cache = PromptCache(policy, max_bytes=2 * row)
+        one, two, three, _ = self.PROMPTS
+        for prompts in ([one], [two], [one], [three], [one], [two]):
+            cache.encode(prompts)
+        assert encoded == [[one], [two], [three], [two]]
+        assert len(cache.encode(self.PROMPTS)) == 4  # those of one call are kept
+        assert sum(len(set(prompts)) for prompts in encoded) == 4 + 2
+
+    def test_rows_on_a_device(self, policy):
+        conditioning = PromptCache(policy).encode(self.PROMPTS)
+        rows = [2, 0, 0, 3]
+        moved, selected = conditioning.on(torch.device("cpu"), rows), conditioning[rows]
+        for name, value in selected.arguments.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(moved.arguments[name], value)
+        meta = conditioning.on(torch.device("meta"), rows)
+        assert {v.device.type for v in meta.arguments.values() if isinstance(v, torch.Tensor)} == {"meta"}
+
+
+def test_pixels_are_what_the_pipeline_draws():
+    policy = PipelinePolicy(pipelines.stable_diffusion_3(t5=False), max_sequence_length=16)
+    latents, _, conditioning = policy.start(["a red circle"] * 3, 2, torch.Generator().manual_seed(0))
+    pixels = policy.decode(latents, conditioning, output_type="uint8")
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16, 3)
+    images = policy.decode(latents, conditioning)
+    arrays = policy.decode(latents, conditioning, output_type="np")
+    assert np.array_equal(pixels, np.stack([np.asarray(image) for image in images]))
+    assert np.array_equal(pixels, (arrays * 255).round().astype("uint8"))

@@ -29,8 +29,9 @@ SD3.5-medium at 512 px (latents 16 x 64 x 64) and Wan at 480 x 832 with 81 frame
 Before, all images were decoded and then scored, as PIL images (4 bytes a pixel), while all trajectories and final latents
 stayed on the GPU. Now two chunks wait as uint8 pixels (3 bytes) and one completion of the one that is scored as PIL images;
 trained latents and log-probabilities of the generation wait on the CPU; the GPU has the trajectories, completions and noise
-of one chunk. Until the generation is scored its samples are on disk too. What the models need for themselves, velocities, and
-copies while tensors are joined come on top, before and now.
+of one chunk. Until the generation is scored its samples are on disk too. On top come what the models need for themselves and,
+for a moment, velocities and copies while tensors are joined: twice the GPU's figure, before and now, and on the CPU now one
+chunk of pixels.
 """
 
 import json
