@@ -4,7 +4,8 @@
 # ///
 """
 Peak memory of a generation against its size. A generation is a stream of chunks, so the images of at most two chunks exist
-at once, and what grows with the generation is what the updates need of it: the trained latents and their log-probabilities.
+at once, and what grows with the generation is what the updates need of it: the trained latents, their log-probabilities and
+the prompts' embeddings.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/generation_memory.py
     OMP_NUM_THREADS=1 python examples/benchmarks/generation_memory.py --base FOLDER  # beside a checkout of another version
@@ -20,18 +21,18 @@ SD3.5-medium at 512 px (latents 16 x 64 x 64) and Wan at 480 x 832 with 81 frame
 
 | generation | processes | chunk | CPU before | CPU now | GPU before | GPU now | disk now |
 | --- | --- | --- | --- | --- | --- | --- | --- |
-| 1152 images | 8 | 16 | 1.51 | 0.65 | 0.79 | 0.12 | 0.75 |
-| 1152 images | 1 | 16 | 12.08 | 3.29 | 6.08 | 0.12 | 6.04 |
-| 96 videos | 8 | 2 | 15.53 | 5.15 | 2.16 | 0.49 | 2.01 |
-| 96 videos | 1 | 2 | 124.22 | 12.19 | 16.25 | 0.49 | 16.10 |
-| 96 videos | 1 | 16 | 124.22 | 41.18 | 17.31 | 3.89 | 16.10 |
+| 1152 images | 8 | 16 | 1.51 | 0.65 | 0.75 | 0.12 | 0.75 |
+| 1152 images | 1 | 16 | 12.08 | 3.29 | 6.04 | 0.12 | 6.04 |
+| 96 videos | 8 | 2 | 15.53 | 5.15 | 2.01 | 0.49 | 2.01 |
+| 96 videos | 1 | 2 | 124.22 | 12.19 | 16.10 | 0.49 | 16.10 |
+| 96 videos | 1 | 16 | 124.22 | 41.18 | 16.10 | 3.89 | 16.10 |
 
 Before, all images were decoded and then scored, as PIL images (4 bytes a pixel), while all trajectories and final latents
 stayed on the GPU. Now two chunks wait as uint8 pixels (3 bytes) and one completion of the one that is scored as PIL images;
 trained latents and log-probabilities of the generation wait on the CPU; the GPU has the trajectories, completions and noise
 of one chunk. Until the generation is scored its samples are on disk too. On top come what the models need for themselves and,
-for a moment, velocities and copies while tensors are joined: twice the GPU's figure, before and now, and on the CPU now one
-chunk of pixels.
+for a moment, velocities and copies while tensors are joined: on the GPU twice as much again before and once now, on the CPU
+now one chunk of pixels. Embeddings are not counted.
 """
 
 import json
@@ -49,7 +50,7 @@ from transformers import HfArgumentParser
 
 ROOT = str(Path(__file__).resolve().parents[2])
 MB, GB = 10**6, 10**9
-COLUMNS = ["seconds", "peak memory (MB)", "held above the start (MB)", "kept for the updates (MB)"]
+COLUMNS = ["seconds", "peak memory (MB)", "held above the start (MB)", "latents kept (MB)"]
 
 
 @dataclass
@@ -138,10 +139,10 @@ def arithmetic(name: str, images: int, processes: int, chunk: int, latent: tuple
     trained = n * ((k + 1) * latent_bytes + k * 4)
     held = {
         "CPU before": (k + 1) * n * pixels * 4,
-        "CPU": (k + 1) * min(2 * chunk, n) * pixels * 3 + chunk * pixels * 4 + trained,
-        "GPU before": (2 * (k + 1) * n + k * chunk) * latent_bytes,
-        "GPU": (2 * (k + 1) * chunk + k * chunk) * latent_bytes,
-        "disk": trained + (k + 1) * n * latent_bytes,
+        "CPU now": (k + 1) * min(2 * chunk, n) * pixels * 3 + chunk * pixels * 4 + trained,
+        "GPU before": 2 * (k + 1) * n * latent_bytes,
+        "GPU now": (2 * (k + 1) + k) * chunk * latent_bytes,
+        "disk now": trained + (k + 1) * n * latent_bytes,
     }
     return [f"{images} {name}", str(processes), str(chunk), *(f"{value / GB:.2f}" for value in held.values())]
 
