@@ -93,6 +93,7 @@ TINY = {
     "generation_batch_size": 256,
     "per_device_train_batch_size": 128,
     "per_device_rollout_batch_size": 256,
+    "per_device_decode_batch_size": 32,
     "per_device_eval_batch_size": 250,
     "updates_per_generation": 1,
     "max_steps": 60,

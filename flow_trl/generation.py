@@ -456,7 +456,7 @@ class Sampler:
             if bar is not None:
                 bar.update(len(chunk.rows))
             shown.extend(images[-1, : num_images - len(shown)].clone() if len(shown) < num_images else [])
-            return trajectory._replace(finals=trajectory.finals[:0]), images
+            return trajectory._replace(finals=trajectory.finals[:0].clone()), images  # not a view, which keeps them all
 
         def score(chunk: Chunk, images: torch.Tensor) -> torch.Tensor:
             examples, scores = dataset[chunk.rows], []
@@ -486,13 +486,15 @@ class Sampler:
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
         """Pixels (M, n, ...) of final latents (M, n, ...), on the CPU."""
-        device, rows = self.policy.device, torch.as_tensor(index * len(finals)).split(size)
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            pixels = [
-                self.policy.decode(part, conditioning.on(device, row.tolist()), output_type="uint8")
-                for part, row in zip(finals.flatten(0, 1).split(size), rows, strict=True)
-            ]
-        return torch.cat(pixels).unflatten(0, finals.shape[:2])
+        device, latents, pixels = self.policy.device, finals.flatten(0, 1), None
+        for rows in torch.arange(len(latents)).split(size):
+            conditioned = conditioning.on(device, [index[row % len(index)] for row in rows.tolist()])
+            with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                part = self.policy.decode(latents[rows], conditioned, output_type="uint8")
+            if pixels is None:  # written in place, so that the chunk exists once
+                pixels = part.new_empty(len(latents), *part.shape[1:])
+            pixels[rows] = part
+        return pixels.unflatten(0, finals.shape[:2])
 
 
 class ScoringError(Exception):
