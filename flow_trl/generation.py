@@ -456,7 +456,8 @@ class Sampler:
             if bar is not None:
                 bar.update(len(chunk.rows))
             shown.extend(images[-1, : num_images - len(shown)].clone() if len(shown) < num_images else [])
-            return trajectory._replace(finals=trajectory.finals[:0].clone()), images  # not a view, which keeps them all
+            finals = trajectory.finals[:0].clone()  # a view would keep them all
+            return trajectory._replace(finals=finals), images
 
         def score(chunk: Chunk, images: torch.Tensor) -> torch.Tensor:
             examples, scores = dataset[chunk.rows], []

@@ -633,6 +633,26 @@ def test_an_error_before_the_first_update(tmp_path, streamed):
     assert torch.equal(weights(again), weights(streamed))
 
 
+def test_an_error_while_evaluating_loses_no_update(tmp_path, streamed):
+    """The checkpoint that is then written has the trained weights, not their average, which are evaluated."""
+    sizes = []
+
+    def breaks(prompts, images, **columns):
+        sizes.append(len(images))
+        if len(images) == 3:
+            raise OSError("the judge is away")
+        return [gray(image) for image in images]
+
+    config = STREAM | {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
+    with pytest.raises(OSError) as info:
+        make_trainer(tmp_path, reward_funcs=breaks, evaluation=prompts(3), **config).train()
+    assert "resume from checkpoint-3" in "".join(info.value.__notes__)
+    resumed = make_trainer(tmp_path, **STREAM)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(streamed))
+    assert torch.equal(averages(resumed), averages(streamed))
+
+
 def test_killed_while_scoring(tmp_path, streamed):
     def child():
         calls = []
