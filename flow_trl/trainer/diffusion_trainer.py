@@ -172,6 +172,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self._reference = ReferencePolicy(self.policy, self.is_lora) if args.beta else None
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
+        self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None
         self._resumed_from: str | None = None
         self._completions: tuple[list, dict[str, list]] | None = None
         self._metrics = Metrics()
@@ -399,7 +400,9 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             self._record(dict.fromkeys(names + ["kl"] * self._has_kl_loss, zero))
             return zero.clone().requires_grad_()
         step = int(generation.first_step) + k
-        schedule, conditioning = self._schedule, self._conditions(images)
+        if images is not self._conditioned[0]:  # a chunk's steps follow one another
+            self._conditioned = images, self._conditions(images)
+        schedule, conditioning = self._schedule, self._conditioned[1]
         batch = generation.micro_batch(images, k, device)
 
         if self._has_kl_loss:
