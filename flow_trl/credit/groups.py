@@ -3,6 +3,9 @@
 import torch
 
 
+SCALES = ("group", "trajectory", "batch", "none")
+
+
 def group_advantages(
     values: torch.Tensor, num_generations: int, *, scale_rewards: str | bool = "group", eps: float = 1e-4
 ) -> torch.Tensor:
@@ -25,6 +28,9 @@ def group_advantages(
             What the standard deviation is taken over:
 
             - `True` or `"group"`: the sample's group.
+            - `"trajectory"`: all `K` steps of the sample's group, each step about its own mean
+              ([Stepwise-Flow-GRPO](https://huggingface.co/papers/2603.28718)), so that steps keep the weight of what they
+              earned. For `(N,)` the same as `"group"`.
             - `"batch"`: all `N` samples. The mean remains the group's.
             - `False` or `"none"`: no division.
         eps (`float`, *optional*, defaults to `1e-4`):
@@ -48,8 +54,8 @@ def group_advantages(
     ```
     """
     scale_rewards = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f'`scale_rewards` is {scale_rewards!r}: use "group", "batch" or "none".')
+    if scale_rewards not in SCALES:
+        raise ValueError(f"`scale_rewards` is {scale_rewards!r}: use one of {SCALES}.")
     if values.ndim not in (1, 2):
         raise ValueError(f"`values` has shape {tuple(values.shape)}: it must be (N,) or (N, K).")
     if num_generations < 2:
@@ -69,6 +75,37 @@ def group_advantages(
     advantages = y - y.mean(1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (y.std(1, correction=0, keepdim=True) + eps)
+    elif scale_rewards == "trajectory":
+        within = tuple(range(1, y.ndim))
+        advantages = advantages / (advantages.square().mean(within, keepdim=True).sqrt() + eps)
     elif scale_rewards == "batch":
         advantages = advantages / (values.to(y.dtype).std(0, correction=0) + eps)
     return advantages.flatten(0, 1)
+
+
+def fill_with_group_mean(values: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Puts the mean of its group in the place of each missing value, so that it neither earns nor costs anything.
+
+    Args:
+        values (`torch.Tensor` of shape `(N,)` or `(N, K)`):
+            Rewards, NaN where there is none. Each `num_generations` consecutive rows are one prompt's group.
+        num_generations (`int`):
+            Size of a group; divides `N`.
+
+    Returns:
+        `torch.Tensor` of the shape of `values`: without NaN; 0 where a whole group is missing.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from flow_trl.credit import fill_with_group_mean
+
+    >>> fill_with_group_mean(torch.tensor([1.0, 3.0, torch.nan, torch.nan, torch.nan, torch.nan]), num_generations=3)
+    tensor([1., 3., 2., 0., 0., 0.])
+    ```
+    """
+    groups = values.unflatten(0, (-1, num_generations))
+    means = groups.nanmean(1, keepdim=True).nan_to_num(0.0)
+    return torch.where(groups.isnan(), means, groups).flatten(0, 1)

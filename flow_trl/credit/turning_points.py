@@ -20,6 +20,22 @@ class TurningPoints(NamedTuple):
     aggregated: torch.Tensor
 
 
+def check_completion_rewards(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards (N, K + 1) of completions, float32 or float64; raises a `ValueError` if they are not that."""
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"`rewards` has shape {tuple(rewards.shape)}: it must be (N, K + 1) with K >= 1, R_0, ..., R_K for each "
+            "of the N trajectories."
+        )
+    if not rewards.isfinite().all():
+        i, k = (~rewards.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"`rewards[{i}, {k}]` is {rewards[i, k].item()}: all rewards must be finite. Leave out the trajectories "
+            "to which no reward applies."
+        )
+    return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+
 def incremental_rewards(rewards: torch.Tensor) -> torch.Tensor:
     r"""
     What each stochastic step added to the reward: `r_k = R_k - R_{k-1}`, for `k = 1, ..., K`
@@ -46,18 +62,7 @@ def incremental_rewards(rewards: torch.Tensor) -> torch.Tensor:
     tensor([[ 2., -1.,  3.]])
     ```
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            f"`rewards` has shape {tuple(rewards.shape)}: it must be (N, K + 1) with K >= 1, R_0, ..., R_K for each "
-            "of the N trajectories."
-        )
-    if not rewards.isfinite().all():
-        i, k = (~rewards.isfinite()).nonzero()[0].tolist()
-        raise ValueError(
-            f"`rewards[{i}, {k}]` is {rewards[i, k].item()}: all rewards must be finite. Leave out the trajectories "
-            "to which no reward applies."
-        )
-    R = rewards if rewards.dtype == torch.float64 else rewards.float()
+    R = check_completion_rewards(rewards)
     return R[:, 1:] - R[:, :-1]
 
 

@@ -136,14 +136,14 @@ class DDPOTrainer(DiffusionTrainer):
         steps = torch.randperm(self.args.num_inference_steps, generator=sample_generator("steps", *self._key(images)))
         return steps[: self.args.num_trained_steps].tolist()
 
-    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
-        rewards, penalties = self._normalized(rewards, rows), self._step_penalties(trajectory)
+    def _advantages(self, scores: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+        rewards, penalties = self._normalized(scores, rows), self._step_penalties(trajectory)
         _, returns = temporal_advantages(rewards, torch.zeros_like(penalties), step_penalties=penalties)
         return returns
 
-    def _normalized(self, rewards: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def _normalized(self, scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Final rewards (N,) by the running moments of their prompts."""
-        return self.moments.normalize(self.train_dataset[rows]["prompt"], rewards[:, -1])
+        return self.moments.normalize(self.train_dataset[rows]["prompt"], self.scorer.weighted(scores[:, -1]))
 
     @torch.no_grad()
     def _step_penalties(self, trajectory: Trajectory) -> torch.Tensor:

@@ -198,11 +198,15 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         """Indices of the K stochastic steps of the generation at update `step`."""
 
     @abstractmethod
-    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+    def _advantages(self, scores: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
         """
-        Advantages (N, K) from the rewards of all processes, (N, K + 1) with completions and else (N, 1), the rows of all
-        N prompts, and the trajectories of this process.
+        Advantages (N, K) from the scores of all processes, (N, K + 1, F) with completions and else (N, 1, F), the rows of
+        all N prompts, and the trajectories of this process.
         """
+
+    def _step_weights(self, trajectory: Trajectory) -> torch.Tensor | float:
+        """Weights (K,) of the steps in the loss."""
+        return 1.0
 
     _needs_completions = False
     _completion_stride = 1
@@ -258,9 +262,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         chunks.clear()
         scores = self.accelerator.gather(sampled.scores.to(self.accelerator.device)).cpu()  # (N, K + 1, F)
         rewards = self.scorer.weighted(scores)
-        advantages = self._advantages(rewards, all_rows, sampled.trajectory).clamp(
-            -args.adv_clip_max, args.adv_clip_max
-        )
+        advantages = self._advantages(scores, all_rows, sampled.trajectory)
+        advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max) * self._step_weights(sampled.trajectory)
         sizes = {"num_generations": args.num_generations, "updates": args.updates_per_generation}
         self._set_generation(Generation.make(rows, sampled.trajectory, advantages, **sizes, process_index=rank))
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from ..credit import SCALES
 from .diffusion_config import DiffusionConfig
 
 
@@ -32,8 +33,18 @@ class FlowGRPOConfig(DiffusionConfig):
             The window lies in the steps `[first, last)`, at a place drawn for each generation. If not set,
             `[0, num_inference_steps - 1]`.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            What advantages are divided by: `"group"` (standard deviation in the prompt's group), `"batch"` (in the
-            generation) or `"none"`.
+            What advantages are divided by: `"group"` (standard deviation in the prompt's group, of each step),
+            `"trajectory"` (one standard deviation for all steps of the group, so that steps weigh what they earned),
+            `"batch"` (in the generation) or `"none"`.
+        step_weights (`str`, *optional*, defaults to `"none"`):
+            Weights of the steps in the loss: `"none"`, or `"noise"`, the standard deviation of the noise that a step
+            injects, divided by its mean over the steps ([TempFlow-GRPO](https://huggingface.co/papers/2508.04324)). The
+            gradient of a log-probability grows as the noise shrinks; this makes up for it.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            How several rewards become one advantage: `"sum_then_normalize"`, or `"normalize_then_sum"`, as in TRL
+            ([GDPO](https://huggingface.co/papers/2601.05242)): each is normalised by `scale_rewards`, then they are summed
+            with their weights and divided by the standard deviation over the generation. An image to which a reward does
+            not apply then counts as an average one.
     """
 
     guidance_scale: float | None = field(
@@ -50,7 +61,17 @@ class FlowGRPOConfig(DiffusionConfig):
     )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "What advantages are divided by.", "choices": ["group", "batch", "none"]},
+        metadata={"help": "What advantages are divided by.", "choices": list(SCALES)},
+    )
+    step_weights: str = field(
+        default="none", metadata={"help": "Weights of the steps in the loss.", "choices": ["none", "noise"]}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "How several rewards become one advantage.",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
     )
 
     @property
@@ -71,8 +92,18 @@ class FlowGRPOConfig(DiffusionConfig):
             0 < self.noise_level < math.inf and (self.sde_type == "sde" or self.noise_level <= 1),
             "it must be above 0, and at most 1 for `sde_type='cps'`; usual are 0.7 (sde) and 0.8 (cps)",
         )
+        self._check("scale_rewards", self.scale_rewards in SCALES, f"choose one of {SCALES}")
+        self._check("step_weights", self.step_weights in ("none", "noise"), "choose 'none' or 'noise'")
+        aggregations = ("sum_then_normalize", "normalize_then_sum")
         self._check(
-            "scale_rewards", self.scale_rewards in ("group", "batch", "none"), "choose 'group', 'batch' or 'none'"
+            "multi_objective_aggregation",
+            self.multi_objective_aggregation in aggregations,
+            f"choose one of {aggregations}",
+        )
+        self._check(
+            "multi_objective_aggregation",
+            self.multi_objective_aggregation == "sum_then_normalize" or self.scale_rewards != "none",
+            "it normalises each reward by `scale_rewards`, which is 'none': choose 'group', 'trajectory' or 'batch'",
         )
         if self.sde_window_range is not None:
             in_range = (

@@ -1,9 +1,11 @@
 """Flow-GRPO: group-relative policy optimisation of flow-matching pipelines."""
 
+from functools import partial
+
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from ..credit import group_advantages
+from ..credit import fill_with_group_mean, group_advantages
 from ..policy import Schedule
 from ..rollout import Trajectory
 from ..transitions import Transition, flow_step
@@ -45,6 +47,8 @@ class FlowGRPOTrainer(DiffusionTrainer):
         "sde_type",
         "sde_window_size",
         "scale_rewards",
+        "step_weights",
+        "multi_objective_aggregation",
     ]
 
     _config_class = FlowGRPOConfig
@@ -80,11 +84,26 @@ class FlowGRPOTrainer(DiffusionTrainer):
             **kwargs,
         )
 
-    def _step_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        """What each step earned, (N, K): here the final image's reward."""
+    def _step_rewards(self, rewards: torch.Tensor, prefix: str = "") -> torch.Tensor:
+        """What each step earned, (N, K): here the final image's reward. `prefix` is that of the logged metrics."""
         return rewards[:, -1:].expand(-1, self.args.num_trained_steps)
 
-    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
-        return group_advantages(
-            self._step_rewards(rewards), self.args.num_generations, scale_rewards=self.args.scale_rewards
-        )
+    def _advantages(self, scores: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+        args, scorer = self.args, self.scorer
+        normalized = partial(group_advantages, num_generations=args.num_generations, scale_rewards=args.scale_rewards)
+        if args.multi_objective_aggregation == "sum_then_normalize":
+            return normalized(self._step_rewards(scorer.weighted(scores)))
+        total = 0
+        for f in scorer.trained:
+            rewards = fill_with_group_mean(scores[..., f], args.num_generations)
+            total = total + scorer.weights[f] * normalized(self._step_rewards(rewards, f"{scorer.names[f]}/"))
+        together = (0, 1) if args.scale_rewards == "trajectory" else 0
+        return total / (total.std(together, correction=0, keepdim=True) + 1e-4)
+
+    def _step_weights(self, trajectory: Trajectory) -> torch.Tensor | float:
+        if self.args.step_weights == "none":
+            return 1.0
+        zero = torch.zeros(1, 1)
+        steps = [self._transition(zero, zero, i, trajectory.schedule, noise=zero) for i in trajectory.steps]
+        noise = torch.stack([step.noise_std for step in steps])
+        return noise / noise.mean()

@@ -182,9 +182,9 @@ class TDPORTrainer(DDPOTrainer):
     def _trained_steps(self, images: torch.Tensor, sweep: int) -> list[int]:
         return super()._trained_steps(images, sweep)[sweep : sweep + 1]
 
-    def _advantages(self, rewards: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
+    def _advantages(self, scores: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
         if not self.args.use_critic:
-            return super()._advantages(rewards, rows, trajectory)
+            return super()._advantages(scores, rows, trajectory)
         started, args = time.perf_counter(), self.args
         size, num_steps = trajectory.log_probs.shape
         embeddings = []
@@ -201,7 +201,7 @@ class TDPORTrainer(DDPOTrainer):
         self.critic.train()
         all_values = self.accelerator.gather(values).cpu()
         advantages, returns = temporal_advantages(
-            self._normalized(rewards, rows),
+            self._normalized(scores, rows),
             all_values,
             gamma=args.gamma,
             step_penalties=self._step_penalties(trajectory),

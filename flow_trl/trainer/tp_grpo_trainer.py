@@ -2,7 +2,7 @@
 
 import torch
 
-from ..credit import incremental_rewards, turning_point_rewards
+from ..credit import control_variates, incremental_rewards, turning_point_rewards
 from .flow_grpo_trainer import FlowGRPOTrainer
 from .tp_grpo_config import TPGRPOConfig
 
@@ -49,18 +49,28 @@ class TPGRPOTrainer(FlowGRPOTrainer):
 
     @property
     def _completion_stride(self) -> int:
-        return self.args.completion_stride
+        return self.args.completion_steps
 
-    def _step_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+    def _step_rewards(self, rewards: torch.Tensor, prefix: str = "") -> torch.Tensor:
         if self.args.credit == "outcome":
             return super()._step_rewards(rewards)
+        if self.args.credit.endswith("control_variate"):
+            return self._control_variate_rewards(rewards, prefix)
         incremental = incremental_rewards(rewards)
-        self._record(
-            {f"incremental_reward/step_{k}": value for k, value in enumerate(incremental.mean(0).tolist(), 1)}
-        )
+        self._record_steps(f"incremental_reward/{prefix}step", incremental)
         if self.args.credit == "incremental":
             return incremental
         points = turning_point_rewards(rewards, consistent=self.args.credit == "consistent")
-        share = points.aggregated.float().mean(0).tolist()
-        self._record({f"turning_points/step_{k}": value for k, value in enumerate(share, 1)})
+        self._record_steps(f"turning_points/{prefix}step", points.aggregated)
         return points.step_rewards
+
+    def _control_variate_rewards(self, rewards: torch.Tensor, prefix: str) -> torch.Tensor:
+        outcome = self.args.credit == "outcome_control_variate" or self.args.completion_stride == "jump"
+        found = control_variates(rewards, self.args.num_generations, outcome=outcome)
+        self._record_steps(f"control_variate/{prefix}beta", found.beta)
+        self._record_steps(f"control_variate/{prefix}correlation", found.correlation[None])
+        return found.step_rewards
+
+    def _record_steps(self, name: str, values: torch.Tensor) -> None:
+        """Means over the rows of values (..., K), for each step."""
+        self._record({f"{name}_{k}": value for k, value in enumerate(values.float().mean(0).tolist(), 1)})
