@@ -84,6 +84,8 @@ def rollout(
     completion_stride: int = 1,
     batch_size: int | None = None,
     callback: Callable[[int], None] | None = None,
+    latents: torch.Tensor | None = None,
+    first_step: int = 0,
 ) -> Trajectory:
     r"""
     Samples N trajectories; the steps outside `steps` are deterministic.
@@ -121,6 +123,10 @@ def rollout(
             sampled in parts, one after the other.
         callback (`Callable[[int], None]`, *optional*):
             Called with the step index after each step of each part.
+        latents (`torch.Tensor` of shape `(N, ...)`, *optional*):
+            Latents before `first_step`, from which to go on. If not set, noise.
+        first_step (`int`, *optional*, defaults to `0`):
+            Index of the first step that is taken; those in `steps` must not be before it.
 
     Returns:
         [`Trajectory`]
@@ -141,6 +147,7 @@ def rollout(
                 policy, conditioning, prompt_index[first : first + batch_size], generators[first : first + batch_size],
                 num_inference_steps=num_inference_steps, transition=transition, ode_step=ode_step, steps=steps,
                 completions=completions, completion_stride=completion_stride, batch_size=batch_size, callback=callback,
+                latents=None if latents is None else latents[first : first + batch_size], first_step=first_step,
             )
             for first in range(0, size, batch_size)
         ]  # fmt: skip
@@ -148,6 +155,8 @@ def rollout(
 
     conditioning = conditioning.on(policy.device, list(prompt_index))
     sampled, schedule, _ = policy.start(conditioning, num_inference_steps, generators)
+    if latents is not None:
+        sampled = to_device(latents, sampled.device)
     noise = [torch.stack([torch.randn(sampled.shape[1:], generator=g) for _ in steps]) for g in generators if steps]
     noise = to_device(torch.stack(noise, dim=1), sampled.device) if noise else noise
     together = len(steps) + 1 if batch_size is None else batch_size // size
@@ -162,10 +171,10 @@ def rollout(
             given += policy.predict(torch.cat(part), step, repeated[len(part)], schedule).chunk(len(part))
         return given
 
-    latents, log_probs = [], []
+    kept, log_probs = [], []
     open_completions: list[torch.Tensor] = []
     arrives: list[int] = []  # the step at which a completion's latents are now
-    for i in range(num_inference_steps):
+    for i in range(first_step, num_inference_steps):
         due = [k for k, step in enumerate(arrives) if step == i]
         output, *completion_outputs = outputs([sampled, *(open_completions[k] for k in due)], i)
         if completions and i in steps:
@@ -178,18 +187,18 @@ def rollout(
             open_completions[k] = ode_step(completion_output, open_completions[k], i, arrives[k], schedule)
         if i in steps:
             step = transition(output, sampled, i, schedule, noise=noise[len(log_probs)])
-            latents.append(sampled)
+            kept.append(sampled)
             log_probs.append(step.log_prob)
             sampled = step.next_sample
             if i + 1 not in steps:
-                latents.append(sampled)
+                kept.append(sampled)
         else:
             sampled = ode_step(output, sampled, i, i + 1, schedule)
         if callback is not None:
             callback(i)
     empty = sampled.new_zeros(len(sampled), 0)
     return Trajectory(
-        latents=torch.stack(latents, dim=1) if latents else empty,
+        latents=torch.stack(kept, dim=1) if kept else empty,
         log_probs=torch.stack(log_probs, dim=1) if log_probs else empty,
         finals=torch.stack([*open_completions, sampled]),
         schedule=schedule,
