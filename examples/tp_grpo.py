@@ -3,12 +3,14 @@
 # dependencies = ["flow-trl[ocr,plots]"]
 # ///
 """
-Trains a flow-matching pipeline with TP-GRPO, and shows what it learnt: a table and pictures from before and after, a
-learning curve, a LoRA with its card.
+Trains a flow-matching pipeline with credit for each step, and shows what it learnt: a table and pictures from before and
+after, a learning curve, a LoRA with its card.
 
-The tiny world, a few minutes on two CPU cores:
+The tiny world, a few minutes on two CPU cores; other methods are what the first is compared with:
 
     python examples/tp_grpo.py
+    python examples/tp_grpo.py --method tp_grpo
+    python examples/tp_grpo.py --method flow_grpo
     python examples/tp_grpo.py --task words
 
 A real model on GPUs (see examples/README.md for the paper's settings):
@@ -26,7 +28,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
-from flow_trl import TPGRPOConfig, TPGRPOTrainer, tiny
+from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer, tiny
 from flow_trl.callbacks import LearningCurveCallback, reward_table, save_before_and_after
 from flow_trl.rewards.scene import MASK2FORMER, SceneReward, TransformersDetector
 
@@ -34,9 +36,12 @@ from flow_trl.rewards.scene import MASK2FORMER, SceneReward, TransformersDetecto
 @dataclass
 class ScriptArguments:
     """
-    Arguments of this script, beside those of [`TPGRPOConfig`].
+    Arguments of this script, beside those of [`TPGRPOConfig`] (of [`FlowGRPOConfig`] for `--method flow_grpo`).
 
     Args:
+        method (`str`, *optional*, defaults to `"control_variate"`):
+            Credit of a step: `"control_variate"` (`TPGRPOConfig.RECOMMENDED`), `"tp_grpo"` (the paper's) or `"flow_grpo"`
+            (the finished image's reward).
         model_name_or_path (`str`, *optional*):
             Pipeline to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
         task (`str`, *optional*, defaults to `"scenes"`):
@@ -57,6 +62,10 @@ class ScriptArguments:
             Modules with a LoRA. Defaults to all attention projections.
     """
 
+    method: str = field(
+        default="control_variate",
+        metadata={"help": "Credit of a step.", "choices": ["control_variate", "tp_grpo", "flow_grpo"]},
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pipeline to train; default: the tiny one."}
     )
@@ -127,7 +136,7 @@ def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
     return data["train"], data["test"].select(range(min(arguments.eval_size, len(data["test"]))))
 
 
-def reward_functions(arguments: ScriptArguments, args: TPGRPOConfig) -> tuple[list, list[float]]:
+def reward_functions(arguments: ScriptArguments, args: FlowGRPOConfig) -> tuple[list, list[float]]:
     """Reward functions and the weights of the trained ones; strict accuracy is watched, unless it is asked for."""
     names, weights = {"scenes": (["scene", "scene_strict"], [1.0, 0.0]), "words": (["ocr"], [1.0])}[arguments.task]
     if arguments.reward_funcs is not None:
@@ -143,8 +152,11 @@ def reward_functions(arguments: ScriptArguments, args: TPGRPOConfig) -> tuple[li
 def main() -> None:
     # The model decides the defaults, so it is read first.
     arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
-    parser = TrlParser((ScriptArguments, TPGRPOConfig))
-    parser.set_defaults(output_dir=f"outputs/tp_grpo_{arguments.task}", eval_on_start=True)
+    is_flow = arguments.method == "flow_grpo"
+    parser = TrlParser((ScriptArguments, FlowGRPOConfig if is_flow else TPGRPOConfig))
+    parser.set_defaults(output_dir=f"outputs/{arguments.method}_{arguments.task}", eval_on_start=True)
+    if arguments.method == "control_variate":
+        parser.set_defaults(**TPGRPOConfig.RECOMMENDED)
     if arguments.model_name_or_path is None:
         words = TINY_WORDS if arguments.task == "words" else {}
         parser.set_defaults(**{"lora_rank": 16, "lora_alpha": 32, **TINY, **words})
@@ -161,7 +173,7 @@ def main() -> None:
             init_lora_weights="gaussian",
             target_modules=arguments.lora_target_modules,
         )
-    trainer = TPGRPOTrainer(
+    trainer = (FlowGRPOTrainer if is_flow else TPGRPOTrainer)(
         model=arguments.model_name_or_path or tiny.load_flow_pipeline(),
         reward_funcs=reward_funcs,
         args=args,

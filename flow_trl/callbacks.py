@@ -3,6 +3,7 @@
 import logging
 import textwrap
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,9 @@ def log_image(
 
 class LearningCurveCallback(TrainerCallback):
     """
-    Draws the rewards against updates, denoiser evaluations and reward calls, as `learning_curve.png` in `output_dir`,
-    after each evaluation and at the end. `out_of_domain_rewards` are left to [`OverOptimizationCallback`].
+    Draws `learning_curve.png` in `output_dir`, after each evaluation and at the end: one panel for the reward that is
+    trained, of the training images, which are sampled with noise, and of the held-out ones, which are not; and one for each
+    reward function that is not the same thing, held out. `out_of_domain_rewards` are left to [`OverOptimizationCallback`].
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -197,37 +199,37 @@ class LearningCurveCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._draw(args, state)
 
-    @staticmethod
-    def _cost(costs: list[dict], step: int) -> dict:
-        """The last known costs up to an update."""
-        return [entry for entry in costs if entry["step"] <= step][-1]
-
     def _draw(self, args: Any, state: Any) -> None:
         train = [entry for entry in state.log_history if "reward" in entry]
         if not state.is_world_process_zero or not train:
             return
-        costs = [{"step": 0, "total_nfe": 0, "total_reward_calls": 0}]
-        costs += [entry for entry in state.log_history if "total_nfe" in entry]
         evaluations = _evaluations(state.log_history)
-        means = {name for entry in evaluations for name in entry if name.endswith("/mean")}
+        of_function = {name.split("/")[1] for entry in evaluations for name in entry if name.endswith("/mean")}
         # Those have scales of their own, and a figure by `OverOptimizationCallback`.
-        means -= {f"eval_rewards/{name}/mean" for name in getattr(args, "out_of_domain_rewards", None) or []}
-        figure = self._figure.Figure(figsize=(12, 3.6), layout="constrained")
-        labels = {"step": "updates", "total_nfe": "denoiser evaluations", "total_reward_calls": "reward calls"}
-        for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
-            axes.plot(
-                [entry[key] for entry in train], [entry["reward"] for entry in train], alpha=0.5, label="training"
-            )
-            for name in sorted(means):
-                points = [
-                    (self._cost(costs, entry["step"])[key], entry[name]) for entry in evaluations if name in entry
-                ]
-                axes.plot(*zip(*points, strict=True), marker="o", label=name.split("/")[-2] + ", held out")
-            axes.set_xlabel(label)
+        of_function -= set(getattr(args, "out_of_domain_rewards", None) or [])
+        panels = {"reward": ("eval_reward", "eval_reward_se")}
+        for name in sorted(of_function):
+            keys = f"eval_rewards/{name}/mean", f"eval_rewards/{name}/se"
+            if any(entry.get(keys[0]) != entry["eval_reward"] for entry in evaluations):
+                panels[name] = keys
+        figure = self._figure.Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+        for axes, (name, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            if name == "reward":
+                label = "training images, sampled with noise"
+                axes.plot(*zip(*[(entry["step"], entry["reward"]) for entry in train], strict=True), "C0", label=label)
+            points = [entry for entry in evaluations if keys[0] in entry]
+            x, y = [entry["step"] for entry in points], [entry[keys[0]] for entry in points]
+            errors = [entry.get(keys[1], np.nan) for entry in points]
+            axes.errorbar(x, y, yerr=errors, color="C1", marker="o", capsize=2, label="held out, without noise")
+            axes.set_title("trained reward" if name == "reward" else name)
             axes.grid(alpha=0.3)
             axes.locator_params(axis="x", nbins=5)
-        figure.axes[0].set_ylabel("reward")
-        figure.axes[0].legend()
+            axes.set_xlabel("updates")
+        last = [entry for entry in state.log_history if "total_nfe" in entry][-1:]
+        for entry in last:
+            total = f"{entry['total_nfe']:,} denoiser evaluations, {entry['total_reward_calls']:,} scored images"
+            figure.supxlabel(f"{entry['step']} updates took {total}", fontsize=9)
+        figure.axes[0].legend(fontsize=8)
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)
 
 
@@ -270,7 +272,9 @@ def reward_table(log_history: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def save_before_and_after(folder: str | Path, prompts: list[str]) -> None:
+def save_before_and_after(
+    folder: str | Path, prompts: list[str], score: Callable[[list[Image.Image]], list[float]] | None = None
+) -> None:
     """
     Writes `before_after.png`: the images of the first and the last evaluation of a run, of the same prompts and noise.
 
@@ -278,7 +282,10 @@ def save_before_and_after(folder: str | Path, prompts: list[str]) -> None:
         folder (`str` or `Path`):
             `output_dir` of the run, whose `images` has the grids.
         prompts (`list[str]`):
-            The prompts of the images, at least one; up to 8 are shown.
+            The prompts of all images in a grid, at least one; up to 16 are shown.
+        score (`Callable`, *optional*):
+            Called with the images, as many as `prompts`, it says how good each is. 1 is marked as right and 0 as wrong;
+            another number is written below the image.
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -286,24 +293,36 @@ def save_before_and_after(folder: str | Path, prompts: list[str]) -> None:
     Example:
 
     ```python
-    >>> save_before_and_after(trainer.args.output_dir, eval_dataset["prompt"][:8])
+    >>> prompts = eval_dataset["prompt"][:16]
+    >>> save_before_and_after(trainer.args.output_dir, prompts, lambda images: judge(prompts=prompts, images=images))
     ```
     """
     figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
-    grids = sorted((Path(folder) / "images").glob("eval-*.png"))
-    columns = min(8, len(prompts))
-    figure = figures.Figure(figsize=(2 * columns, 5), layout="constrained")
-    for row, (label, path) in zip(
-        figure.subplots(2, columns, squeeze=False), {"before": grids[0], "after": grids[-1]}.items(), strict=True
-    ):
+    paths = sorted((Path(folder) / "images").glob("eval-*.png"))
+    columns, count = min(8, len(prompts)), min(16, len(prompts))
+    blocks = -(-count // columns)
+    figure = figures.Figure(figsize=(1.7 * columns, 4.2 * blocks), layout="constrained")
+    panels = figure.subplots(2 * blocks, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[], frame_on=False)
+    for when, (label, path) in enumerate({"before": paths[0], "after": paths[-1]}.items()):
         grid = Image.open(path)
         size = grid.width // columns
-        for i, axes in enumerate(row):
-            axes.imshow(grid.crop((i * size, 0, (i + 1) * size, size)))
-            axes.set(xticks=[], yticks=[])
-            if label == "before":
-                axes.set_title(textwrap.fill(prompts[i].removeprefix("a photo of "), 24), fontsize=9)
-        row[0].set_ylabel(label)
+        places = [(i % columns * size, i // columns * size) for i in range(len(prompts))]
+        images = [grid.crop((x, y, x + size, y + size)) for x, y in places]
+        scores = [None] * len(images) if score is None else score(images)
+        for i in range(count):
+            panel = panels[i // columns * 2 + when, i % columns]
+            panel.imshow(images[i])
+            if when == 0:
+                panel.set_title(textwrap.fill(prompts[i].removeprefix("a photo of "), 22), fontsize=9)
+            if i % columns == 0:
+                panel.set_ylabel(label)
+            if scores[i] is not None:
+                text, color = {1.0: ("right", "tab:green"), 0.0: ("wrong", "tab:red")}.get(
+                    scores[i], (f"{scores[i]:.3g}", "black")
+                )
+                panel.set_xlabel(text, color=color, fontsize=9)
     figure.savefig(Path(folder) / "before_after.png", dpi=100)
 
 

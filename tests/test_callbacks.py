@@ -14,6 +14,7 @@ from flow_trl.callbacks import (
     OverOptimizationCallback,
     cross_reward_figure,
     log_image,
+    save_before_and_after,
     save_image_grid,
 )
 
@@ -148,10 +149,11 @@ def test_learning_curve(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    history = [{"eval_reward": 0.1, "eval_rewards/scene/mean": 0.1, "step": 0}]
+    strict = {0: 0.0, 3: 0.2}
+    history = [evaluation(0, 0.1, strict=strict[0])]
     for step in (1, 2, 3):
         history.append({"reward": step / 10, "total_nfe": 50 * step, "total_reward_calls": 5 * step, "step": step})
-    history.append({"eval_reward": 0.4, "eval_rewards/scene/mean": 0.4, "step": 3})
+    history.append(evaluation(3, 0.4, strict=strict[3]))
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append((self, args)))
     args = SimpleNamespace(output_dir=str(tmp_path))
@@ -159,13 +161,20 @@ def test_learning_curve(tmp_path, monkeypatch):
     LearningCurveCallback().on_evaluate(args, TrainerState(), None)  # nothing to draw yet
     ((figure, (path,)),) = drawn
     assert path == tmp_path / "learning_curve.png"
-    curves = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
-    for (training, held_out), unit in zip(curves, (1, 50, 5), strict=True):
-        np.testing.assert_allclose(training, [[unit, 0.1], [2 * unit, 0.2], [3 * unit, 0.3]])
-        np.testing.assert_allclose(held_out, [[0, 0.1], [3 * unit, 0.4]])
+    # "trained" is the reward itself, so it has no panel of its own
+    assert [axes.get_title() for axes in figure.axes] == ["trained reward", "strict"]
+    (training, held_out, *_), (watched, *_) = [
+        [line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes
+    ]
+    np.testing.assert_allclose(training, [[1, 0.1], [2, 0.2], [3, 0.3]])
+    np.testing.assert_allclose(held_out, [[0, 0.1], [3, 0.4]])
+    np.testing.assert_allclose(watched, [[0, 0.0], [3, 0.2]])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["training images, sampled with noise", "held out, without noise"]
+    assert figure.get_supxlabel() == "3 updates took 150 denoiser evaluations, 15 scored images"
     monkeypatch.undo()
     LearningCurveCallback().on_train_end(args, TrainerState(log_history=history), None)
-    assert Image.open(path).size == (1440, 432)
+    assert Image.open(path).size == (1056, 432)
 
 
 def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, monkeypatch):
@@ -178,8 +187,40 @@ def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, monkeypatch):
     for names in (["hps"], None):
         args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=names)
         LearningCurveCallback().on_evaluate(args, TrainerState(log_history=history), None)
-    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
-    assert labels == [["training", "trained, held out"], ["training", "hps, held out", "trained, held out"]]
+    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    assert titles == [["trained reward"], ["trained reward", "hps"]]
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_before_and_after(tmp_path, monkeypatch, count):
+    """Each image is cut out of its grid, scored, and marked as right, wrong or with its score."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    for step, base in ((0, 0), (2, 100), (7, 200)):
+        images = [Image.new("RGB", (4, 4), (base + i, 0, 0)) for i in range(count)]
+        save_image_grid(images, columns=min(8, count), path=tmp_path / "images" / f"eval-{step:06d}.png")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    seen = []
+
+    def score(images):
+        seen.append([image.getpixel((3, 3))[0] for image in images])
+        return [[0.0, 1.0, 0.25][i % 3] for i in range(len(images))]
+
+    prompts = [f"a photo of {i} things" for i in range(count)]
+    save_before_and_after(tmp_path, prompts, score)
+    save_before_and_after(tmp_path, prompts)
+    assert seen == [list(range(count)), list(range(200, 200 + count))]
+    marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure in drawn]
+    # Rows of panels: before and after of the first eight, then of the others
+    blocks = [range(first, min(first + 8, count)) for first in range(0, count, 8)]
+    assert marks[0] == [["wrong", "right", "0.25"][i % 3] for block in blocks for _ in range(2) for i in block]
+    assert set(marks[1]) == {""}
+    shown = [axes.images[0].get_array()[0, 0, 0] for axes in drawn[0].axes if axes.images]
+    assert shown == [base + i for block in blocks for base in (0, 200) for i in block]
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    assert titles == [f"{i} things" for i in range(count)]
 
 
 def evaluation(step, reward, **others):

@@ -1,10 +1,12 @@
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from flow_trl.credit import group_advantages
+from flow_trl.credit import fill_with_group_mean, group_advantages
 
 
 CASES = json.loads((Path(__file__).parents[1] / "data/golden/group_advantages.json").read_text())["cases"]
@@ -45,6 +47,34 @@ def test_steps_do_not_mix(scale_rewards):
         torch.testing.assert_close(got[:, k], group_advantages(y[:, k], 4, scale_rewards=scale_rewards))
 
 
+def test_one_scale_for_a_trajectory_by_hand():
+    y = values(12, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 100.0, -3.0])  # levels must not count
+    got = group_advantages(y, 4, scale_rewards="trajectory", eps=0.01)
+    for first in range(0, 12, 4):
+        group = y[first : first + 4].tolist()
+        means = [sum(row[k] for row in group) / 4 for k in range(3)]
+        variance = sum((row[k] - means[k]) ** 2 for row in group for k in range(3)) / 12
+        for i in range(4):
+            for k in range(3):
+                expected = (group[i][k] - means[k]) / (math.sqrt(variance) + 0.01)
+                assert got[first + i, k].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_scale_for_a_trajectory_is_the_group_s_where_steps_are_alike():
+    y = values(12)
+    torch.testing.assert_close(group_advantages(y, 4, scale_rewards="trajectory"), group_advantages(y, 4))
+    copies = y[:, None].expand(-1, 5)
+    torch.testing.assert_close(group_advantages(copies, 4, scale_rewards="trajectory"), group_advantages(copies, 4))
+
+
+def test_steps_weigh_what_they_earned():
+    y = values(12, 3) * torch.tensor([1.0, 1e-3, 1.0])
+    size = group_advantages(y, 4, scale_rewards="trajectory").abs().mean(0)
+    assert size[1] < 3e-3 * min(size[0], size[2])
+    size = group_advantages(y, 4).abs().mean(0)  # by its own scale, a step that earned nothing counts as much
+    assert size[1] > 0.3 * max(size[0], size[2])
+
+
 @pytest.mark.parametrize(("alias", "name"), [(True, "group"), (False, "none")])
 def test_bool_aliases(alias, name):
     y = values(8)
@@ -56,7 +86,7 @@ def test_defaults():
     assert torch.equal(group_advantages(y, 4), group_advantages(y, 4, scale_rewards="group", eps=1e-4))
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "trajectory", "batch", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_values_give_exact_zeros(scale_rewards, dtype):
     y = torch.cat([torch.full((24,), 0.1, dtype=dtype), values(24, dtype=dtype)])
@@ -68,7 +98,7 @@ def test_equal_values_give_exact_zeros(scale_rewards, dtype):
     ("dtype", "expected"),
     [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.int64, torch.float32)],
 )
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "trajectory", "batch", "none"])
 def test_dtypes(dtype, expected, scale_rewards):
     y = (values(8) * 10).to(dtype)
     got = group_advantages(y, 4, scale_rewards=scale_rewards)
@@ -90,3 +120,50 @@ def test_dtypes(dtype, expected, scale_rewards):
 def test_errors(shape, num_generations, scale_rewards, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.zeros(shape), num_generations, scale_rewards=scale_rewards)
+
+
+# Missing values
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_missing_values_become_the_group_s_mean(shape, dtype):
+    y = values(*shape, dtype=dtype)
+    missing = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    missing[8:] = True  # a whole group, at every step
+    y[missing] = math.nan
+    copy = y.clone()
+    got = fill_with_group_mean(y, 4)
+    assert got.dtype == dtype and got.shape == shape
+    assert torch.equal(got[~missing], y[~missing]) and torch.equal(y.isnan(), missing)
+    assert torch.equal(y.nan_to_num(7.0), copy.nan_to_num(7.0))  # what was given is as it was
+    assert (got[8:] == 0).all()
+    for g in (0, 1):
+        group = y[4 * g : 4 * g + 4].reshape(4, -1).double().numpy()
+        filled = got[4 * g : 4 * g + 4].reshape(4, -1)
+        for k in range(group.shape[1]):
+            present = [value for value in group[:, k] if not math.isnan(value)]
+            expected = sum(present) / len(present) if present else 0.0
+            np.testing.assert_allclose(filled[np.isnan(group[:, k]), k].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_missing():
+    y = values(12, 3)
+    assert torch.equal(fill_with_group_mean(y, 4), y)
+
+
+def test_a_missing_value_neither_earns_nor_costs():
+    y = torch.tensor([1.0, 4.0, math.nan, 7.0], dtype=torch.float64)
+    got = group_advantages(fill_with_group_mean(y, 4), 4)
+    assert got[2].item() == pytest.approx(0, abs=1e-12)
+    alone = group_advantages(y[[0, 1, 3]], 3, eps=0.0)
+    torch.testing.assert_close(got[[0, 1, 3]], alone * math.sqrt(4 / 3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_values_are_filled_exactly(dtype):
+    """Otherwise rounding is an advantage."""
+    for count in range(2, 24):
+        y = torch.full((24,), 0.1, dtype=dtype)
+        y[count:] = math.nan
+        assert (group_advantages(fill_with_group_mean(y, 24), 24) == 0).all(), count

@@ -1089,7 +1089,7 @@ def test_learning_curve_of_a_run(tmp_path):
     make_trainer(
         tmp_path, evaluation=prompts(2), eval_strategy="steps", eval_steps=1, callbacks=[LearningCurveCallback()]
     ).train()
-    assert Image.open(tmp_path / "learning_curve.png").size == (1440, 432)
+    assert Image.open(tmp_path / "learning_curve.png").size == (528, 432)
 
 
 def test_metrics_of_an_update(tmp_path):
