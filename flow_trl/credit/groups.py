@@ -107,5 +107,6 @@ def fill_with_group_mean(values: torch.Tensor, num_generations: int) -> torch.Te
     ```
     """
     groups = values.unflatten(0, (-1, num_generations))
-    means = groups.nanmean(1, keepdim=True).nan_to_num(0.0)
+    smallest = groups.nan_to_num(torch.inf).amin(1, keepdim=True)  # measured from it, equal values are filled exactly
+    means = (smallest + (groups - smallest).nanmean(1, keepdim=True)).nan_to_num(0.0)
     return torch.where(groups.isnan(), means, groups).flatten(0, 1)
