@@ -144,7 +144,7 @@ def test_missing_values_become_the_group_s_mean(shape, dtype):
         for k in range(group.shape[1]):
             present = [value for value in group[:, k] if not math.isnan(value)]
             expected = sum(present) / len(present) if present else 0.0
-            np.testing.assert_allclose(filled[np.isnan(group[:, k]), k].double(), expected, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(filled[np.isnan(group[:, k]), k].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_missing():
