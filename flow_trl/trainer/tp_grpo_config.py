@@ -62,7 +62,7 @@ class TPGRPOConfig(FlowGRPOConfig):
 
     def _validate(self) -> None:
         self._check("credit", self.credit in CREDITS, f"choose one of {CREDITS}")
-        if isinstance(self.completion_stride, str) and self.completion_stride.isdigit():  # from a command line
+        if isinstance(self.completion_stride, str) and self.completion_stride.isdecimal():  # from a command line
             self.completion_stride = int(self.completion_stride)
         is_jump = self.completion_stride == "jump"
         self._check(

@@ -62,7 +62,9 @@ COMMAND_LINE = {
     "sde_type": ("cps", "cps"),
     "sde_window_size": ("3", 3),
     "sde_window_range": ("1 5", [1, 5]),
-    "scale_rewards": ("none", "none"),
+    "scale_rewards": ("trajectory", "trajectory"),
+    "step_weights": ("noise", "noise"),
+    "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
     "credit": ("turning_point", "turning_point"),
     "completion_stride": ("2", 2),
     "eta": ("0.5", 0.5),
@@ -127,6 +129,7 @@ def test_defaults_are_the_papers():
         assert (config.updates_per_generation, config.num_iterations) == (2, 1)
         assert (config.epsilon, config.adv_clip_max, config.ema_decay, config.ema_update_steps) == (1e-5, 5.0, 0.9, 8)
         assert (config.sde_type, config.sde_window_size, config.scale_rewards) == ("sde", None, "group")
+        assert (config.step_weights, config.multi_objective_aggregation) == ("none", "sum_then_normalize")
         assert config.num_trained_steps == 9
         assert config.gradient_accumulation_steps == 1152 // (8 * 2) * 9
     assert (config.credit, config.completion_stride) == ("consistent", 1)
@@ -187,6 +190,9 @@ class TestCommandLine:
         (FlowGRPOConfig, "sde_type"),
         (TPGRPOConfig, "sde_type"),
         (TPGRPOConfig, "credit"),
+        (TPGRPOConfig, "scale_rewards"),
+        (TPGRPOConfig, "step_weights"),
+        (FlowGRPOConfig, "multi_objective_aggregation"),
         (TDPORConfig, "reset_neurons"),
     ],
 )
@@ -195,6 +201,39 @@ def test_unknown_choice(parser_class, config_class, name, capsys):
         parser_class(config_class).parse_args_into_dataclasses(["--output_dir", "out", f"--{name}", "other"])
     error = capsys.readouterr().err
     assert f"--{name}" in error and "choose from" in error
+
+
+@pytest.mark.parametrize("text, stride, steps", [("2", 2, 2), ("1", 1, 1), ("jump", "jump", 7)])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_completion_stride_is_a_number_or_jump(tmp_path, text, stride, steps, from_file):
+    arguments = ["--output_dir", "out", "--credit", "control_variate", "--num_inference_steps", "7"]
+    if from_file:
+        path = tmp_path / "config.yaml"
+        path.write_text(f"completion_stride: {text}\n")
+        arguments += ["--config", str(path)]
+    else:
+        arguments += ["--completion_stride", text]
+    (config,) = TrlParser(TPGRPOConfig).parse_args_and_config(arguments)
+    assert config.completion_stride == stride and type(config.completion_stride) is type(stride)
+    assert config.completion_steps == steps
+    assert json.loads(config.to_json_string())["completion_stride"] == stride
+    assert dataclasses.replace(config).completion_stride == stride
+
+
+@pytest.mark.parametrize("text", ["leap", "0", "-1", "1.5", "None", ""])
+def test_completion_stride_of_the_command_line_is_checked(text):
+    arguments = ["--output_dir", "out", "--credit", "control_variate", f"--completion_stride={text}"]
+    with pytest.raises((ValueError, TypeError), match="`completion_stride=.*1 .*'jump'"):
+        TrlParser(TPGRPOConfig).parse_args_and_config(arguments)
+
+
+def test_what_is_recommended_works():
+    config = TPGRPOConfig("out", **TPGRPOConfig.RECOMMENDED)
+    assert all(
+        getattr(config, name) == value != getattr(TPGRPOConfig("out"), name)
+        for name, value in TPGRPOConfig.RECOMMENDED.items()
+    )
+    assert "RECOMMENDED" not in config.to_dict()
 
 
 def test_the_command_line_table_is_complete():

@@ -879,7 +879,9 @@ def test_rewards_are_weighted(tmp_path):
     )
     kept = []
     advantages = trainer._advantages
-    trainer._advantages = lambda rewards, *rest: kept.append(rewards) or advantages(rewards, *rest)
+    trainer._advantages = lambda scores, *rest: (
+        kept.append(trainer.scorer.weighted(scores)) or advantages(scores, *rest)
+    )
     trainer.train()
     reds = np.stack([red(None, images) for images in recorder.images])
     np.testing.assert_allclose(kept[0].T, 2 * np.stack(recorder.rewards) - reds + 1.5, atol=1e-6)
