@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written aside, renamed, found again."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -113,6 +114,20 @@ class Checkpoints:
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return aside(folder) if self._saving_checkpoint else folder
+
+    def _sampling_key(self, step: int) -> str:
+        """A short text of all that the samples of a generation depend on."""
+        denoiser = self.policy.denoiser
+        adapters = {name: config.to_dict() for name, config in getattr(denoiser, "peft_config", {}).items()}
+        everything = [
+            step,
+            self.model_name,
+            self.args.sampling_arguments,
+            adapters,
+            fingerprint(denoiser.parameters()),
+        ]
+        text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _save_checkpoint(self, model, trial) -> None:
         folder, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -13,8 +13,6 @@ import torch
 from tqdm.auto import tqdm
 
 from .credit import control_variate_rewards, incremental_rewards, turning_point_rewards
-from .generation import Chunk, Sampled
-from .policy import Conditioning
 from .rollout import Trajectory, rollout
 from .utils import import_extra, sample_generator
 
@@ -22,6 +20,8 @@ from .utils import import_extra, sample_generator
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .generation import Chunk, Sampled
+    from .policy import Conditioning
     from .trainer.tp_grpo_trainer import TPGRPOTrainer
 
 
@@ -196,10 +196,10 @@ def credit_fidelity(
     total = len(rows) * (1 + len(strides) + len(steps) * num_continuations)
     bar = tqdm(total=total, desc="Credit fidelity", unit="image", disable=disable_tqdm)
 
-    def sampled(rows: list[int], first_step: int = 0, latents: torch.Tensor | None = None, **options) -> Sampled:
+    def sampled(rows: list[int], first_step: int = 0, latents: torch.Tensor | None = None, **options) -> "Sampled":
         """Scored samples; sample i goes on from latents i, if there are any."""
 
-        def sample(chunk: Chunk, conditioning: Conditioning, index: list[int]) -> Trajectory:
+        def sample(chunk: "Chunk", conditioning: "Conditioning", index: list[int]) -> Trajectory:
             own = range(chunk.first, chunk.first + len(chunk.rows))
             trajectory = rollout(
                 trainer.policy,
@@ -230,7 +230,7 @@ def credit_fidelity(
             bar=bar,
         )
 
-    def rewards_of(sampled: Sampled) -> torch.Tensor:
+    def rewards_of(sampled: "Sampled") -> torch.Tensor:
         return trainer.scorer.weighted(sampled.scores).double()
 
     with bar:

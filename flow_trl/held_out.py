@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import torch
 
 from .callbacks import log_image, save_image_grid
@@ -87,3 +88,11 @@ class Evaluations:
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
         video = path.with_suffix(".gif") if isinstance(images[0], list) else None
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, video)
+
+    def _save_completions(self, images: list, table: dict[str, list]) -> None:
+        """A grid of training images, and a table of all images of their generation."""
+        self._save_images(images, "train")
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / "completions"
+            folder.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")

@@ -84,3 +84,13 @@ def prepare_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module, peft_co
             raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
     disable_dropout_in_model(denoiser)
     return adapted or peft_config is not None
+
+
+def place_components(
+    pipe: DiffusionPipeline, denoiser: torch.nn.Module, device: torch.device, offload_text_encoders: bool
+) -> None:
+    """Moves all models of a pipeline but its denoiser to a device, or its text encoders to the CPU."""
+    for name, component in pipe.components.items():
+        offloaded = offload_text_encoders and name.startswith("text_encoder")
+        if isinstance(component, torch.nn.Module) and component is not denoiser:
+            component.to("cpu" if offloaded else device)

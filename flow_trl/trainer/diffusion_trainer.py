@@ -1,7 +1,5 @@
 """What all trainers of diffusers pipelines share: from prompts through images and rewards to a clipped loss."""
 
-import hashlib
-import json
 import time
 from abc import abstractmethod
 from contextlib import contextmanager, nullcontext
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
@@ -22,10 +19,10 @@ from transformers.utils import logging
 
 from ..callbacks import EMACallback
 from ..cards import diffusion_card
-from ..checkpoints import Checkpoints, fingerprint
+from ..checkpoints import Checkpoints
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
 from ..held_out import Evaluations
-from ..loading import load_pipeline, prepare_denoiser
+from ..loading import load_pipeline, place_components, prepare_denoiser
 from ..policy import Conditioning, ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
@@ -156,10 +153,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
                 f"and `args.generation_batch_size={args.generation_batch_size}`: make `args` in the process that trains, "
                 "and do not change its batch sizes afterwards."
             )
-        for name, component in self.pipe.components.items():
-            offloaded = args.offload_text_encoders and name.startswith("text_encoder")
-            if isinstance(component, torch.nn.Module) and component is not denoiser:
-                component.to("cpu" if offloaded else self.accelerator.device)
+        place_components(self.pipe, denoiser, self.accelerator.device, args.offload_text_encoders)
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.ema = None
         if args.ema_decay:
@@ -324,20 +318,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             batch_size=args.per_device_rollout_batch_size,
         )
 
-    def _sampling_key(self, step: int) -> str:
-        """A short text of all that the samples of a generation depend on."""
-        denoiser = self.policy.denoiser
-        adapters = {name: config.to_dict() for name, config in getattr(denoiser, "peft_config", {}).items()}
-        everything = [
-            step,
-            self.model_name,
-            self.args.sampling_arguments,
-            adapters,
-            fingerprint(denoiser.parameters()),
-        ]
-        text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
     def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
         """What a sampler makes, or the error of a reward function."""
         description = "Sampling" if sampler is self._sampler else "Evaluating"
@@ -445,12 +425,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             self._record({"time/update": time.perf_counter() - self._update_started})
             logs |= self._metrics.reduced(self.accelerator) | self._totals
             if self._completions is not None:
-                images, table = self._completions
-                self._save_images(images, "train")
-                if self.is_world_process_zero():
-                    folder = Path(self.args.output_dir) / "completions"
-                    folder.mkdir(parents=True, exist_ok=True)
-                    pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+                self._save_completions(*self._completions)
                 self._completions = None
         super().log(logs, start_time)
 
