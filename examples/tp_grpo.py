@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
@@ -117,12 +117,11 @@ TINY_WORDS = {"learning_rate": 2e-3, "max_steps": 40}
 
 
 def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
-    """Training and held-out prompts."""
-    if arguments.dataset_name is None:
-        train, test = (tiny.load_prompts(arguments.task, split) for split in ("train", "test"))
-        return train, test.select(range(min(arguments.eval_size, len(test))))
+    """Training and held-out prompts; the latter in random order, always the same."""
     name = arguments.dataset_name
-    if Path(name).suffix == ".txt":
+    if name is None:
+        data = {split: tiny.load_prompts(arguments.task, split) for split in ("train", "test")}
+    elif Path(name).suffix == ".txt":
         data = load_dataset("text", data_files=name).rename_column("text", "prompt")
     elif Path(name).suffix in (".json", ".jsonl"):
         data = load_dataset("json", data_files=name)
@@ -132,8 +131,8 @@ def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
         data = data["train"].train_test_split(
             test_size=max(1, min(arguments.eval_size, len(data["train"]) // 10)), seed=0
         )
-    data = DatasetDict(data)
-    return data["train"], data["test"].select(range(min(arguments.eval_size, len(data["test"]))))
+    test = data["test"].shuffle(seed=0)
+    return data["train"], test.select(range(min(arguments.eval_size, len(test))))
 
 
 def reward_functions(arguments: ScriptArguments, args: FlowGRPOConfig) -> tuple[list, list[float]]:
@@ -189,7 +188,13 @@ def main() -> None:
         trainer.push_to_hub()
 
     if trainer.is_world_process_zero():
-        save_before_and_after(args.output_dir, eval_dataset["prompt"][: args.num_images_to_save])
+        columns = eval_dataset[: args.num_images_to_save]
+        prompts, judge = columns.pop("prompt"), trainer.scorer.in_domain[-1]
+
+        def score(images: list) -> list[float]:
+            return trainer.scorer(images, prompts, columns, functions=[judge])[:, judge].tolist()
+
+        save_before_and_after(args.output_dir, prompts, score)
         print(f"\nHeld out: {len(eval_dataset)} prompts, one image each\n")
         print(reward_table(trainer.state.log_history))
         folder = Path(args.output_dir)

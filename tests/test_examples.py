@@ -19,13 +19,16 @@ def run(script, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("task", ["scenes", "words"])
-def test_tp_grpo(tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("scenes", "control_variate"), ("scenes", "tp_grpo"), ("scenes", "flow_grpo"), ("words", "control_variate")],
+)
+def test_tp_grpo(tmp_path, task, method):
     if task == "words":
         pytest.importorskip("rapidocr_onnxruntime")
     small = ["--max_steps", "2", "--eval_size", "10", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--updates_per_generation", "2", "--eval_num_inference_steps", "2"]
-    output = run("tp_grpo.py", "--task", task, "--output_dir", str(tmp_path), *small)
+    output = run("tp_grpo.py", "--task", task, "--method", method, "--output_dir", str(tmp_path), *small)
     names = {"scenes": ["scene", "scene_strict"], "words": ["ocr"]}[task]
     table = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in table[2:]] == names
@@ -36,6 +39,9 @@ def test_tp_grpo(tmp_path, task):
         assert Image.open(tmp_path / name).width > 500
     card = ModelCard.load(tmp_path / "README.md")
     assert "load_flow_pipeline()" in card.text and card.data.base_model is None
+    credit = {"control_variate": "control_variate", "tp_grpo": "consistent"}.get(method)
+    assert ("| credit |" in card.text) == (credit is not None)
+    assert credit is None or f"| credit | {credit} |" in card.text
     load_flow_pipeline().load_lora_weights(tmp_path)
 
 

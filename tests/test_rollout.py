@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flow_trl.policy import PipelinePolicy
-from flow_trl.rollout import rollout
+from flow_trl.rollout import euler_step, rollout
 from flow_trl.transitions import flow_step
 from tests import pipelines
 
@@ -204,3 +204,81 @@ def test_callback_and_no_gradients(policy, conditioning):
     assert seen == [0, 1, 2]
     assert not any(tensor.requires_grad for tensor in trajectory[:3])
     assert all(tensor.dtype == torch.float32 for tensor in trajectory[:3])
+
+
+# Going on from given latents
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 1])
+@pytest.mark.parametrize("first_step", [0, 1, 3])
+def test_going_on_is_the_tail_of_a_rollout(policy, conditioning, first_step, batch_size):
+    before = []  # latents before each step, part by part
+
+    def watched(output, sample, step, next_step, schedule):
+        if step == first_step:
+            before.append(sample.clone())
+        return euler_step(output, sample, step, next_step, schedule)
+
+    full = rollout(
+        policy, conditioning, INDEX, generators(), num_inference_steps=4, ode_step=watched, batch_size=batch_size
+    )
+    assert len(before) == {None: 1, 2: 2, 1: 3}[batch_size]
+    latents, seen = torch.cat(before), []
+    copy, evaluations = latents.clone(), policy.evaluations
+    tail = rollout(
+        policy, conditioning, INDEX, [torch.Generator().manual_seed(99) for _ in INDEX], num_inference_steps=4,
+        batch_size=batch_size, latents=latents, first_step=first_step, callback=seen.append,
+    )  # fmt: skip
+    assert torch.equal(tail.finals, full.finals)
+    assert torch.equal(latents, copy)
+    assert seen == list(range(first_step, 4)) * len(before)
+    assert policy.evaluations - evaluations == (4 - first_step) * len(INDEX)
+    assert torch.equal(tail.schedule.sigmas, full.schedule.sigmas)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_stochastic_steps_and_completions_from_given_latents(policy, conditioning, batch_size):
+    start = rollout(
+        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4)
+    )
+    latents = start.latents[:, 2]
+    went_on = rollout(
+        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(2, 4),
+        completions=True, latents=latents, first_step=2, batch_size=batch_size,
+    )  # fmt: skip
+    assert went_on.latents.shape[1] == 3 and went_on.finals.shape[:2] == (3, len(INDEX))
+    assert torch.equal(went_on.latents[:, 0], latents)
+    for n, generator in enumerate(generators()):
+        x, schedule, embedded = policy.start([PROMPTS[INDEX[n]]], 5, generator)  # draws the initial noise
+        s, x = schedule.sigmas.tolist(), latents[n : n + 1]
+        ode = x
+        for i in range(2, 5):
+            ode = ode + (s[i + 1] - s[i]) * policy.predict(ode, i, embedded, schedule)
+        torch.testing.assert_close(went_on.finals[0, n], ode[0], rtol=1e-5, atol=1e-5)
+        for k, i in enumerate((2, 3)):
+            z = torch.randn(x.shape[1:], generator=generator)
+            velocity = policy.predict(x, i, embedded, schedule)
+            x, log_prob = stochastic_step(x, velocity, s[i], s[i + 1], s[1], z, "sde")
+            torch.testing.assert_close(went_on.latents[n, k + 1], x[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(went_on.log_probs[n, k], log_prob, rtol=1e-5, atol=1e-5)
+    assert (went_on.finals[-1] - start.finals[-1]).abs().amax(dim=(1, 2, 3)).min() > 0.1  # other noise, other images
+
+
+def test_straight_to_0_is_one_euler_step_from_each_state(policy, conditioning):
+    """Its velocity is the trajectory's own, so the completions cost nothing."""
+    evaluations = policy.evaluations
+    sampled = rollout(
+        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4),
+        completions=True, completion_stride=5,
+    )  # fmt: skip
+    assert policy.evaluations - evaluations == 5 * len(INDEX)
+    embedded = conditioning[INDEX]
+    for k in range(4):
+        x, s = sampled.latents[:, k], sampled.schedule.sigmas[k].item()
+        velocity = policy.predict(x, k, embedded, sampled.schedule)
+        torch.testing.assert_close(sampled.finals[k], x - s * velocity, rtol=1e-5, atol=1e-5)
+    without = rollout(
+        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4)
+    )
+    assert torch.equal(without.latents, sampled.latents) and torch.equal(without.log_probs, sampled.log_probs)
+    assert torch.equal(without.finals[0], sampled.finals[-1])

@@ -74,7 +74,7 @@ MAIN = list(METHODS)[:4]
 # Updates that take about the same time; a third of them in the search.
 UPDATES = dict(zip(METHODS, (60, 20, 28, 36, 60, 20), strict=True))
 SEEDS = {"clip_score": [42, 43, 44, 45, 46], "scene": [42, 43, 44]}
-LEARNING_RATES = [5e-4, 1e-3, 2e-3, 4e-3]
+LEARNING_RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 NUM_EVALUATIONS = 4
 COMMON = {
     "pipeline_kwargs": {"max_sequence_length": 0},

@@ -71,6 +71,7 @@ METHODS = {
 }
 SEEDS = [42, 43, 44, 45, 46]
 NUM_LABELS, NUM_IMAGES = 96, 256  # the images without label scale the proxy
+NUM_PROMPTS = 16
 GENERATIONS, EVAL_EVERY = 30, 3
 COMMON = {
     "num_inference_steps": 10,
@@ -81,6 +82,8 @@ COMMON = {
     "per_device_rollout_batch_size": 128,
     "per_device_eval_batch_size": 200,
     "learning_rate": 2e-3,
+    "epsilon": 1e-3,
+    "per_prompt_stat_tracking_min_count": 8,
     "out_of_domain_rewards": ["gold"],
     "overlap_rewards": False,  # so that a run is one thread
     "num_images_to_save": 0,
@@ -167,7 +170,7 @@ def run(method: str, seed: int) -> dict:
             model=tiny.load_diffusion_pipeline(),
             reward_funcs=[proxy, gold],
             args=args,
-            train_dataset=tiny.load_prompts("scenes", "train"),
+            train_dataset=tiny.load_prompts("scenes", "train").select(range(NUM_PROMPTS)),
             eval_dataset=tiny.load_prompts("scenes", "test").select(range(200)),
             peft_config=LoraConfig(
                 r=16,
