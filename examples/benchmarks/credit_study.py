@@ -185,8 +185,7 @@ def path_of(folder: str, method: str, reward: str, learning_rate: float, seed: i
 
 
 def best_learning_rate(folder: str, method: str, reward: str) -> float | None:
-    """The best of the search, or `None` if that is not finished. With weights, that of the method without."""
-    method = method.removesuffix(", weighted")
+    """The best of the search, or `None` if that is not finished."""
     final = {}
     for learning_rate in LEARNING_RATES:
         path = path_of(folder, method, reward, learning_rate, 0, True)
@@ -203,7 +202,9 @@ def jobs() -> list[tuple]:
         found += [(method, reward, rate, 0) for method in MAIN for rate in LEARNING_RATES]
         found += [(method, reward, None, seed) for seed in seeds for method in MAIN]
         if reward == "clip_score":
-            found += [(method, reward, None, seed) for seed in seeds[:2] for method in METHODS if method not in MAIN]
+            weighted = [method for method in METHODS if method not in MAIN]
+            found += [(method, reward, rate, 0) for method in weighted for rate in LEARNING_RATES]
+            found += [(method, reward, None, seed) for seed in seeds[:2] for method in weighted]
     return found
 
 

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl.trainer.utils import nanstd
 
 from flow_trl.policy import PipelinePolicy
+from flow_trl.transitions import flow_step
 from tests import pipelines
 from tests.trainer.runs import Recorder, gray, logged, make_trainer, prompts, weights
 
@@ -75,15 +77,17 @@ def transition_mean(x, v, s, s_next, s_1, sde_type, a=0.7):
 
 
 @pytest.mark.parametrize(
-    "sde_type, beta, epsilon, scale_rewards, full",
+    "sde_type, beta, epsilon, scale_rewards, full, step_weights",
     [
-        ("sde", 0.0, 1.0, "group", False),
-        ("sde", 0.5, 3e-4, "group", False),
-        ("cps", 0.5, 1e-6, "batch", False),
-        ("sde", 0.5, 3e-4, "none", True),
+        ("sde", 0.0, 1.0, "group", False, "none"),
+        ("sde", 0.5, 3e-4, "group", False, "none"),
+        ("cps", 0.5, 1e-6, "batch", False, "none"),
+        ("sde", 0.5, 3e-4, "none", True, "none"),
+        ("sde", 0.5, 3e-4, "group", False, "noise"),
+        ("cps", 0.0, 1e-6, "trajectory", False, "noise"),
     ],
 )
-def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewards, full):
+def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewards, full, step_weights):
     """The second update of a generation, image by image and step by step, against the logged loss and the gradient."""
     G, U, T = 4, 2, 3
     recorder, expected = Recorder(), {}
@@ -102,7 +106,7 @@ def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewa
         A = R - R.mean(1, keepdim=True)
         if scale_rewards != "none":
             A = A / (
-                (R.std(1, keepdim=True, correction=0) if scale_rewards == "group" else R.std(correction=0)) + 1e-4
+                (R.std(correction=0) if scale_rewards == "batch" else R.std(1, keepdim=True, correction=0)) + 1e-4
             )
         A = A.clamp(-0.9, 0.9).flatten().tolist()
         counted = [i for i in range(1, 16, U) if R[i // G].std() > 0]  # images 1, 3, 5, ... are the second update's
@@ -113,6 +117,9 @@ def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewa
         reference = PipelinePolicy(pipelines.stable_diffusion_3(t5=False), **options)
         _, schedule, conditioning = policy.start(recorder.prompts[-1], T)
         s = schedule.sigmas.tolist()
+        noise = [transition_mean(torch.zeros(1), 0, s[k], s[k + 1], s[1], sde_type)[1] for k in range(T - 1)]
+        assert max(noise) > 1.1 * min(noise)
+        w = [1.0] * (T - 1) if step_weights == "none" else [std * (T - 1) / sum(noise) for std in noise]
         losses, kls, clipped = [], [], []
         for i in counted:
             for k in range(T - 1):
@@ -120,7 +127,7 @@ def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewa
                 v = policy.predict(x, k, conditioning[[i]], schedule, grad=True)
                 mean, std, log_prob = transition_mean(x, v, s[k], s[k + 1], s[1], sde_type)
                 rho = (log_prob(y) - generation.log_probs[i, k]).exp()
-                loss = torch.max(-A[i] * rho, -A[i] * rho.clip(1 - epsilon, 1 + epsilon))
+                loss = w[k] * torch.max(-A[i] * rho, -A[i] * rho.clip(1 - epsilon, 1 + epsilon))
                 clipped.append(rho < 1 - epsilon if A[i] < 0 else rho > 1 + epsilon)
                 v = reference.predict(x, k, conditioning[[i]], schedule)
                 kl = ((mean - transition_mean(x, v, s[k], s[k + 1], s[1], sde_type)[0]) ** 2).mean() / (2 * std**2)
@@ -130,7 +137,7 @@ def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewa
 
     trainer = make_trainer(
         tmp_path, method="flow", reward_funcs=recorder, sde_type=sde_type, beta=beta, epsilon=epsilon,
-        scale_rewards=scale_rewards, adv_clip_max=0.9, max_steps=2, train=prompts(4, easy=[1, 2]), full=full,
+        scale_rewards=scale_rewards, step_weights=step_weights, adv_clip_max=0.9, max_steps=2, train=prompts(4, easy=[1, 2]), full=full,
         callbacks=[ByHand()], optim="sgd", learning_rate=1.0,
     )  # fmt: skip
     trainer.train()
@@ -144,6 +151,150 @@ def test_loss_and_gradient_by_hand(tmp_path, sde_type, beta, epsilon, scale_rewa
         assert logged(trainer, "kl")[0] == 0
         assert logged(trainer, "kl")[1] == pytest.approx(expected["kl"], rel=1e-3)
         assert expected["kl"] > 1e-7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sde_type": "sde"},
+        {"sde_type": "cps"},
+        {"sde_type": "sde", "sde_window_size": 3, "sde_window_range": [1, 5]},
+        {"sde_type": "sde", "sde_window_size": 1},
+    ],
+)
+def test_steps_weighted_by_their_noise(tmp_path, config):
+    """Weights multiply the advantages after these are clipped, and have a mean of 1."""
+    generations = {}
+    for step_weights in ("none", "noise"):
+        trainer = make_trainer(
+            tmp_path, method="flow", num_inference_steps=6, adv_clip_max=0.8, noise_level=0.6, max_steps=1,
+            step_weights=step_weights, **config,
+        )  # fmt: skip
+        trainer.train()
+        generations[step_weights] = trainer._generation
+    plain, weighted = generations["none"], generations["noise"]
+    assert torch.equal(plain.latents, weighted.latents) and plain.first_step == weighted.first_step
+    assert plain.advantages.max() == pytest.approx(0.8)
+    s, first, noise = plain.sigmas.tolist(), plain.first_step.item(), []
+    for i in range(first, first + plain.advantages.shape[1]):
+        step = flow_step(
+            torch.ones(1, 4), torch.zeros(1, 4), s[i], s[i + 1], noise_level=0.6, sde_type=config["sde_type"],
+            sigma_max=s[1], noise=torch.ones(1, 4),
+        )  # fmt: skip
+        noise.append(step.noise_std.item())
+        if config["sde_type"] == "cps":
+            assert noise[-1] == pytest.approx(s[i + 1] * math.sin(0.6 * math.pi / 2))
+    expected = [std * len(noise) / sum(noise) for std in noise]
+    torch.testing.assert_close(weighted.advantages, plain.advantages * torch.tensor(expected))
+    assert len(noise) == 1 or max(expected) > 1.2
+
+
+def generated(tmp_path, *reward_funcs, **config):
+    """The advantages of a run's first generation, before they are clipped or weighted."""
+    trainer = make_trainer(
+        tmp_path, method="flow", reward_funcs=list(reward_funcs), max_steps=1, adv_clip_max=1e9, **config
+    )
+    trainer.train()
+    return trainer._generation.advantages
+
+
+class Scores:
+    """A reward that keeps its values: a hundred times one channel, `None` for some images of some prompts."""
+
+    def __init__(self, channel, missing=lambda number, i: False):
+        self.channel, self.missing, self.kept = channel, missing, []
+        self.__name__ = f"channel_{channel}"
+
+    def __call__(self, prompts, images, number, **columns):
+        values = [100 * float(np.asarray(image)[..., self.channel].mean()) / 255 for image in images]
+        pairs = zip(number, range(len(values)), values, strict=True)
+        values = [None if self.missing(row, i % 4) else value for row, i, value in pairs]
+        self.kept.append(np.array(values, dtype=np.float64).reshape(4, 4))
+        return values
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "trajectory", "batch"])
+def test_rewards_normalized_then_summed_by_hand(tmp_path, scale_rewards):
+    # Of two prompts one image is not applicable, of another none is.
+    some = Scores(1, missing=lambda number, i: number == 2 or (number < 2 and i == 1))
+    rewards = [Scores(0), some]
+    got = generated(
+        tmp_path, *rewards, reward_weights=[0.3, -2.0], scale_rewards=scale_rewards, shuffle_dataset=False,
+        multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    total = np.zeros((4, 4))
+    for weight, reward in zip([0.3, -2.0], rewards, strict=True):
+        (R,) = reward.kept
+        filled = R.copy()
+        for group in filled:
+            present = group[~np.isnan(group)]
+            group[np.isnan(group)] = present.mean() if len(present) else 0.0
+        std = filled.std() if scale_rewards == "batch" else filled.std(1, keepdims=True)
+        total += weight * (filled - filled.mean(1, keepdims=True)) / (std + 1e-4)
+    expected = (total / (total.std() + 1e-4)).reshape(16, 1).repeat(2, axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    # What does not apply counts as an average image, so the other reward alone is left
+    first = rewards[0].kept[0]
+    alone = (first - first.mean(1, keepdims=True))[2]
+    np.testing.assert_allclose(got.numpy().reshape(4, 4, 2)[2, :, 0] / alone, got[8].item() / alone[0], rtol=1e-3)
+
+
+def test_normalized_then_summed_as_trl_does(tmp_path):
+    """TRL takes sample standard deviations, which makes it smaller by one factor."""
+    rewards, weight = [Scores(0), Scores(1), Scores(2)], torch.tensor([1.0, 0.3, -2.0])
+    got = generated(
+        tmp_path, *rewards, reward_weights=weight.tolist(), num_inference_steps=2,
+        multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    assert got.shape == (16, 1)
+    # As in `GRPOTrainer._generate_and_score_completions`
+    rewards_per_func = torch.tensor(np.stack([reward.kept[0].flatten() for reward in rewards], axis=1))
+    grouped = rewards_per_func.view(-1, 4, 3)
+    mean_k = torch.nanmean(grouped, dim=1, keepdim=True)
+    std_k = nanstd(grouped, dim=1, keepdim=True)
+    reward_k = ((grouped - mean_k) / (std_k + 1e-4)).view(-1, 3)
+    summed = (reward_k * weight.unsqueeze(0)).nansum(dim=1)
+    trl = (summed - torch.nanmean(summed)) / (nanstd(summed) + 1e-4)
+    torch.testing.assert_close(got[:, 0].double() * math.sqrt(15 / 16), trl, rtol=1e-3, atol=1e-3)
+
+
+def test_scales_of_rewards_do_not_matter_once_normalized(tmp_path):
+    def larger(prompts, images, **columns):
+        return [1000 * float(np.asarray(image)[..., 1].mean()) for image in images]
+
+    advantages = {}
+    for aggregation in ("normalize_then_sum", "sum_then_normalize"):
+        for green in (Scores(1), larger):
+            config = {"multi_objective_aggregation": aggregation}
+            advantages.setdefault(aggregation, []).append(generated(tmp_path, Scores(0), green, **config))
+    a, b = advantages["normalize_then_sum"]
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    a, b = advantages["sum_then_normalize"]
+    assert (a - b).abs().max() > 0.1
+
+
+def test_one_reward_normalized_is_divided_once_more(tmp_path):
+    plain = generated(tmp_path, Scores(0))
+    again = generated(tmp_path, Scores(0), multi_objective_aggregation="normalize_then_sum")
+    torch.testing.assert_close(again, plain / (plain.std(0, correction=0) + 1e-4))
+
+
+def test_groups_without_differences_are_skipped_once_normalized(tmp_path):
+    """Rounding in a mean of equal rewards is no advantage, also where some do not apply."""
+    equal = Scores(0, missing=lambda number, i: False)
+    call = equal.__call__
+
+    def constant(prompts, images, number, **columns):
+        values = call(prompts, images, number)
+        return [
+            None if i % 4 == 3 else 0.1 if row < 2 else value
+            for i, (row, value) in enumerate(zip(number, values, strict=True))
+        ]
+
+    got = generated(
+        tmp_path, constant, shuffle_dataset=False, multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    assert (got[:8] == 0).all() and (got[8:] != 0).any()
 
 
 def test_reference_in_full_training_stays(tmp_path):

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from flow_trl.credit import group_advantages, turning_point_rewards
-from tests.trainer.runs import Recorder, averages, gray, logged, make_trainer, weights
+from flow_trl.policy import PipelinePolicy
+from tests import pipelines
+from tests.trainer.runs import Recorder, averages, brightness, gray, logged, make_trainer, weights
 
 
 def train_and_keep(tmp_path, **kwargs):
@@ -86,11 +88,171 @@ def test_advantages(tmp_path, credit):
     assert logged(trainer, "reward") == [pytest.approx(rewards[:, -1].mean().item(), abs=1e-6)]
 
 
-@pytest.mark.parametrize("scale_rewards", ["batch", "none"])
+def control_variates_by_hand(R, outcome):
+    """Step rewards (N, K), beta (4, K) and correlations (K,) of rewards (N, K + 1) in 4 groups, by least squares."""
+    R = np.asarray(R, dtype=np.float64).reshape(4, 4, -1)
+    centred, K = R - R.mean(1, keepdims=True), R.shape[2] - 1
+    y, beta, correlation = np.zeros((4, 4, K)), np.zeros((4, K)), np.zeros(K)
+    for k in range(K):
+        after = K if outcome else k + 1
+        for g in range(4):
+            others = [other for other in range(4) if other != g]
+            before = centred[others, :, k].reshape(-1, 1)
+            (beta[g, k],), *_ = np.linalg.lstsq(before, centred[others, :, after].flatten(), rcond=None)
+            y[g, :, k] = R[g, :, after] - beta[g, k] * R[g, :, k]
+        correlation[k] = np.corrcoef(centred[..., after].flatten(), centred[..., k].flatten())[0, 1]
+    return y.reshape(16, K), beta, correlation
+
+
+def normalized_by_hand(y, scale):
+    """Advantages (N, K) of step rewards in 4 groups."""
+    groups = y.reshape(4, 4, -1)
+    A = groups - groups.mean(1, keepdims=True)
+    std = A.std(1, keepdims=True) if scale == "group" else np.sqrt((A**2).mean((1, 2), keepdims=True))
+    return (A / (std + 1e-4)).reshape(16, -1)
+
+
+@pytest.mark.parametrize(
+    "credit, stride, scale, outcome",
+    [
+        ("control_variate", 1, "group", False),
+        ("control_variate", 2, "trajectory", False),
+        ("outcome_control_variate", 1, "trajectory", True),
+        ("control_variate", "jump", "trajectory", True),
+        ("outcome_control_variate", "jump", "group", True),
+    ],
+)
+def test_control_variates(tmp_path, credit, stride, scale, outcome):
+    trainer, rewards, advantages = train_and_keep(
+        tmp_path, credit=credit, completion_stride=stride, scale_rewards=scale, num_inference_steps=5,
+        adv_clip_max=1.5,
+    )  # fmt: skip
+    assert rewards.shape == (16, 5)
+    y, beta, correlation = control_variates_by_hand(rewards, outcome)
+    expected = normalized_by_hand(y, scale)
+    assert 0 < (np.abs(expected) > 1.5).mean() < 0.5
+    np.testing.assert_allclose(advantages, expected.clip(-1.5, 1.5), atol=2e-3)
+    # Neither the outcome's nor the incremental reward would do
+    for other in (rewards[:, -1:].expand(-1, 4), rewards.diff(dim=1)):
+        assert np.abs(normalized_by_hand(other.numpy(), scale).clip(-1.5, 1.5) - advantages.numpy()).max() > 0.1
+    for k in range(1, 5):
+        assert logged(trainer, f"control_variate/beta_{k}") == [pytest.approx(beta[:, k - 1].mean(), abs=1e-5)]
+        assert logged(trainer, f"control_variate/correlation_{k}") == [pytest.approx(correlation[k - 1], abs=1e-5)]
+    (entry,) = [entry for entry in trainer.state.log_history if "nfe" in entry]
+    assert not [name for name in entry if name.startswith(("turning_points", "incremental_reward"))]
+    assert len([name for name in entry if name.startswith("control_variate/")]) == 2 * 4
+    assert trainer.watch.gradients[0].norm() > 1e-4
+
+
+def test_jumps_cost_no_evaluation_and_change_no_trajectory(tmp_path):
+    runs = {}
+    for name, config in {
+        "flow": {"method": "flow"},
+        "jump": {"credit": "control_variate", "completion_stride": "jump"},
+        "named": {"credit": "outcome_control_variate", "completion_stride": "jump"},
+        "outcome": {"credit": "outcome", "completion_stride": "jump"},
+    }.items():
+        recorder = Recorder()
+        trainer = make_trainer(tmp_path / name, reward_funcs=recorder, num_inference_steps=5, max_steps=1, **config)
+        trainer.train()
+        runs[name] = trainer, recorder
+    flow, jump = runs["flow"][0]._generation, runs["jump"][0]._generation
+    assert torch.equal(jump.latents, flow.latents) and torch.equal(jump.log_probs, flow.log_probs)
+    assert not torch.allclose(jump.advantages, flow.advantages)
+    calls = {name: logged(trainer, "reward_calls") for name, (trainer, _) in runs.items()}
+    assert calls == {"flow": [1.0], "jump": [5.0], "named": [5.0], "outcome": [1.0]}
+    for name, (trainer, recorder) in runs.items():
+        assert logged(trainer, "nfe") == [5.0] and logged(trainer, "total_nfe") == [80], name
+        assert len(recorder.images) == calls[name][0]
+        assert np.array_equal(recorder.images[-1], runs["flow"][1].images[0])  # the finished images
+    assert torch.equal(weights(runs["named"][0]), weights(runs["jump"][0]))
+    assert torch.equal(weights(runs["outcome"][0]), weights(runs["flow"][0]))
+
+
+def test_a_jump_s_image_is_that_of_the_velocity_alone(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, reward_funcs=recorder, num_inference_steps=5, max_steps=1, credit="control_variate",
+        completion_stride="jump",
+    )  # fmt: skip
+    trainer.train()
+    latents = trainer._generation.latents
+    # The adapter does nothing before the first update, so the pipeline without it has sampled.
+    policy = PipelinePolicy(pipelines.stable_diffusion_3(t5=False), guidance_scale=2.0, max_sequence_length=16)
+    _, schedule, conditioning = policy.start(recorder.prompts[-1], 5)
+    images = []
+    for k, s in enumerate(schedule.sigmas[:4].tolist()):
+        with torch.no_grad():
+            x_0 = latents[:, k] - s * policy.predict(latents[:, k], k, conditioning, schedule)
+            images.append(policy.decode(x_0, conditioning, output_type="uint8").numpy().astype(int))
+        assert np.abs(images[k] - recorder.images[k]).max() <= 1
+    assert all(np.abs(images[k] - images[k + 1]).max() > 2 for k in range(3))
+
+
+def test_each_reward_has_its_own_credit(tmp_path):
+    """Normalised before they are summed, rewards have coefficients, advantages and metrics of their own."""
+    kept = {"bright": [], "reddish": []}
+
+    def bright(prompts, images, **columns):
+        rewards = [100 * np.asarray(image).mean() / 255 for image in images]
+        kept["bright"].append(rewards)
+        return rewards
+
+    def reddish(prompts, images, **columns):
+        rewards = [float(np.asarray(image)[..., 0].mean() - np.asarray(image)[..., 1].mean()) for image in images]
+        rewards[3::4] = [None] * len(rewards[3::4])  # applies to three of each group's four
+        kept["reddish"].append(rewards)
+        return rewards
+
+    trainer = make_trainer(
+        tmp_path, reward_funcs=[bright, reddish], reward_weights=[0.5, -2.0], max_steps=1, num_inference_steps=4,
+        credit="control_variate", scale_rewards="trajectory", multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    trainer.train()
+    total = 0
+    for name, weight in {"bright": 0.5, "reddish": -2.0}.items():
+        R = np.array(kept[name], dtype=np.float64).T.reshape(4, 4, -1)
+        R = np.where(np.isnan(R), np.nanmean(R, axis=1, keepdims=True), R).reshape(16, -1)
+        y, beta, correlation = control_variates_by_hand(R, outcome=False)
+        total = total + weight * normalized_by_hand(y, "trajectory")
+        for k in range(1, 4):
+            assert logged(trainer, f"control_variate/{name}/beta_{k}") == [
+                pytest.approx(beta[:, k - 1].mean(), abs=1e-4)
+            ]
+            (got,) = logged(trainer, f"control_variate/{name}/correlation_{k}")
+            assert got == pytest.approx(correlation[k - 1], abs=1e-4)
+    assert not logged(trainer, "control_variate/beta_1")
+    expected = total / (total.std() + 1e-4)  # one scale for all steps
+    np.testing.assert_allclose(trainer._generation.advantages, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("credit", ["incremental", "consistent"])
+def test_metrics_of_each_reward_s_steps(tmp_path, credit):
+    def inverse(prompts, images, **columns):
+        return [1 - 2 * gray(image) for image in images]
+
+    trainer = make_trainer(
+        tmp_path, reward_funcs=[brightness, inverse], credit=credit, max_steps=1,
+        multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "nfe" in entry]
+    for k in (1, 2):
+        (bright,) = logged(trainer, f"incremental_reward/brightness/step_{k}")
+        assert logged(trainer, f"incremental_reward/inverse/step_{k}") == [pytest.approx(-2 * bright, abs=1e-6)]
+    of_steps = {f"{name}/step_{k}" for name in ("brightness", "inverse") for k in (1, 2)}
+    assert {name.removeprefix("incremental_reward/") for name in entry if "incremental" in name} == of_steps
+    turning = {name.removeprefix("turning_points/") for name in entry if "turning_points" in name}
+    assert turning == (of_steps if credit == "consistent" else set())
+
+
+@pytest.mark.parametrize("scale_rewards", ["trajectory", "batch", "none"])
 def test_scale_rewards(tmp_path, scale_rewards):
     _, rewards, advantages = train_and_keep(tmp_path, credit="incremental", scale_rewards=scale_rewards)
     r = rewards.diff(dim=1).view(4, 4, 2)
     expected = r - r.mean(1, keepdim=True)
+    if scale_rewards == "trajectory":
+        expected = torch.tensor(normalized_by_hand(r.double().numpy(), "trajectory")).float().view(4, 4, 2)
     if scale_rewards == "batch":
         expected = expected / (r.flatten(0, 1).std(0, correction=0) + 1e-4)
     torch.testing.assert_close(advantages, expected.flatten(0, 1).clamp(-5, 5), atol=1e-4, rtol=1e-4)
