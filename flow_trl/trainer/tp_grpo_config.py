@@ -38,7 +38,7 @@ class TPGRPOConfig(FlowGRPOConfig):
 
     RECOMMENDED = {
         "credit": "control_variate",
-        "completion_stride": "jump",
+        "completion_stride": 2,
         "scale_rewards": "trajectory",
         "step_weights": "noise",
     }
