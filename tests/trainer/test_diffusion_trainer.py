@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import flow_trl
-from flow_trl import checkpoints
+from flow_trl import TPGRPOConfig, checkpoints
 from flow_trl.trainer.diffusion_trainer import sample_generator
 from tests import pipelines, two_processes
 from tests.trainer.runs import (
@@ -168,7 +168,7 @@ def test_all_groups_skipped(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_process_runs(tmp_path_factory):
-    """Four runs, one after another, in two processes; what each process saw of them."""
+    """Five runs, one after another, in two processes; what each process saw of them."""
     folder = tmp_path_factory.mktemp("two")
     evaluation = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -179,14 +179,17 @@ def two_process_runs(tmp_path_factory):
         {"output_dir": str(folder / "straight"), **adam, **saving, **evaluation, **best},
         {"output_dir": str(folder / "resumed"), **adam, "resume": str(folder / "straight" / "checkpoint-3")},
         {"output_dir": str(folder / "skipped"), "easy": list(range(8)), "beta": 0.1, "max_steps": 3},
+        {"output_dir": str(folder / "recommended"), **BASE, **TPGRPOConfig.RECOMMENDED},
     ]
     return specs, two_processes.launch("runs.py", specs, folder)
 
 
-def test_two_processes_train_the_same(two_process_runs, base_run, tmp_path):
+@pytest.mark.parametrize("number", [0, 4], ids=["paper", "recommended"])
+def test_two_processes_train_the_same(two_process_runs, base_run, tmp_path, number):
     specs, results = two_process_runs
-    first, second = results[0]
-    expected = run(specs[0] | {"output_dir": str(tmp_path)})
+    first, second = results[number]
+    expected = run(specs[number] | {"output_dir": str(tmp_path)})
+    assert len(logged_in(expected, "control_variate/beta_2")) == (2 if number == 4 else 0)
     calls = [len(rewards) for rewards in expected["rewards"]]
     joined = {"images": [], "rewards": []}
     for name in joined:
@@ -258,8 +261,10 @@ SAVING = {
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    trainer = make_trainer(tmp_path_factory.mktemp("straight"), **(SAVING | {"save_strategy": "no"}))
+def straight(tmp_path_factory, request):
+    """A run that nothing interrupts; its further arguments can be a parameter."""
+    config = SAVING | {"save_strategy": "no"} | getattr(request, "param", {})
+    trainer = make_trainer(tmp_path_factory.mktemp("straight"), **config)
     trainer.train()
     return trainer
 
@@ -268,7 +273,15 @@ def assert_equal_trainers(trainer, expected):
     assert torch.equal(weights(trainer), weights(expected))
     assert torch.equal(averages(trainer), averages(expected))
     assert not torch.equal(weights(trainer), averages(trainer))
-    for name in ("total_nfe", "total_reward_calls", "loss", "reward", "kl", "ratio/max_deviation"):
+    for name in (
+        "total_nfe",
+        "total_reward_calls",
+        "loss",
+        "reward",
+        "kl",
+        "ratio/max_deviation",
+        "control_variate/beta_1",
+    ):
         assert logged(trainer, name) == logged(expected, name), name
 
 
@@ -279,12 +292,20 @@ def test_total_cost(straight):
     assert logged(straight, "nfe") == [6.0] * 3 and logged(straight, "reward_calls") == [3.0] * 3
 
 
-def test_killed_within_a_generation_and_resumed(tmp_path, straight):
+@pytest.mark.parametrize(
+    "config, straight",
+    [({}, {}), (TPGRPOConfig.RECOMMENDED,) * 2],
+    indirect=["straight"],
+    ids=["paper", "recommended"],
+)
+def test_killed_within_a_generation_and_resumed(tmp_path, config, straight):
+    config = SAVING | {"save_steps": 3} | config
+
     def child():
-        make_trainer(tmp_path, callbacks=[Kill(3)], **SAVING | {"save_steps": 3}).train()
+        make_trainer(tmp_path, callbacks=[Kill(3)], **config).train()
 
     assert in_another_process(child) == -signal.SIGKILL
-    resumed = make_trainer(tmp_path, **SAVING | {"save_steps": 3})
+    resumed = make_trainer(tmp_path, **config)
     resumed.train(resume_from_checkpoint=True)
     assert_equal_trainers(resumed, straight)
 
