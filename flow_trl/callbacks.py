@@ -81,6 +81,38 @@ class EMACallback(TrainerCallback):
             shadow.copy_(tensors[name])
 
 
+class OnPolicyCallback(TrainerCallback):
+    """
+    Ends a training that does not train what it samples: at the first update of a generation the weights are those that
+    sampled it, so every probability ratio must be 1.
+
+    Args:
+        trainer ([`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`]):
+            The trainer, which adds this callback by itself.
+        tolerance (`float`, *optional*, defaults to `1e-2`):
+            Largest deviation of a ratio from 1.
+
+    Raises:
+        RuntimeError: before the optimizer's step, if a ratio deviates by more, or is NaN.
+    """
+
+    def __init__(self, trainer: Any, tolerance: float = 1e-2):
+        self.trainer, self.tolerance = trainer, tolerance
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer._updates_per_generation:
+            return
+        of_update = self.trainer._metrics["ratio/max_deviation"][-args.gradient_accumulation_steps :]
+        deviation = self.trainer.accelerator.gather(torch.stack(of_update)).max().item()
+        if not deviation <= self.tolerance:
+            raise RuntimeError(
+                f"At the first update of a generation a probability ratio is {deviation:.3g} away from 1: the denoiser computes "
+                "something else in training than in sampling, so the gradient would be wrong. Usual causes: dropout or another "
+                "random part of the call, a condition that is encoded anew, weights that changed in between, lower precision "
+                "than the noise level allows."
+            )
+
+
 FRAMES_SHOWN, FRAMES_PER_SECOND = 4, 8  # of a video in a grid, and of an animation
 
 

@@ -4,6 +4,7 @@ of the sampled trajectories estimate, and what it costs.
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -84,8 +85,10 @@ class CreditFidelity:
             lines.append(
                 f"Completions that cost evaluations are not worth it here: {name(free)} does as well within the error."
             )
-        if free["credit"] == "outcome":
-            lines.append("Nor are images that step straight to noise level 0: train with FlowGRPOTrainer.")
+            if free["credit"] == "outcome":
+                if "jump" in table["stride"].tolist():
+                    lines.append("Nor are images that step straight to noise level 0.")
+                lines.append("Train with FlowGRPOTrainer.")
         if min(self.ceiling) < 0.3:
             lines.append(
                 "The Monte-Carlo advantages of some steps are mostly noise: use more continuations before you trust this."
@@ -162,7 +165,8 @@ def credit_fidelity(
         [`CreditFidelity`]: standard errors are those of a bootstrap over prompts.
 
     Raises:
-        ValueError: if an argument does not fit, or if there are several processes.
+        ValueError: if an argument does not fit, if no image's reward differs from those of its group, or if there are
+            several processes.
 
     Example:
 
@@ -191,8 +195,6 @@ def credit_fidelity(
     n, T, steps = args.num_generations, args.num_inference_steps, trainer._stochastic_steps(0)
     chosen = torch.randperm(available, generator=sample_generator(seed, "prompts"))[:num_prompts]
     rows = chosen.repeat_interleave(n).tolist()
-    was_training = trainer.model.training
-    trainer.model.eval()
     total = len(rows) * (1 + len(strides) + len(steps) * num_continuations)
     bar = tqdm(total=total, desc="Credit fidelity", unit="image", disable=disable_tqdm)
 
@@ -233,9 +235,16 @@ def credit_fidelity(
     def rewards_of(sampled: "Sampled") -> torch.Tensor:
         return trainer.scorer.weighted(sampled.scores).double()
 
-    with bar:
+    with bar, ExitStack() as restored:
+        restored.callback(trainer.model.train, trainer.model.training)
+        trainer.model.eval()
         outcome = sampled(rows)
         final, latents = rewards_of(outcome)[:, 0], outcome.trajectory.latents
+        if (final.view(-1, n) == final.view(-1, n)[:, :1]).all():
+            raise ValueError(
+                f"All {n} images of each of the {num_prompts} prompts got the same reward: there is nothing that a step could "
+                "have earned. Look at the reward functions, or take more prompts."
+            )
         values, noise = [], []
         for k, step in enumerate(steps):
             repeated = [row for row in rows for _ in range(num_continuations)]
@@ -250,7 +259,6 @@ def credit_fidelity(
         for stride in strides:
             completed = sampled(rows, completions=True, completion_stride=T if stride == "jump" else stride)
             measured[stride] = completed, _UNBIASED if stride == "jump" else _FOLLOWED | _UNBIASED
-    trainer.model.train(was_training)
 
     truth = _centred(values[:, 1:] - values[:, :-1], n)
     ceiling = 1 - (noise[:, 1:] + noise[:, :-1]).mean(0) * (1 - 1 / n) / truth.square().mean((0, 1))

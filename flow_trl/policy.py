@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .utils import to_device, to_pil
+from .utils import sample_generator, to_device, to_pil
 
 
 class PipelineFamily(NamedTuple):
@@ -504,6 +505,74 @@ class PipelinePolicy:
         if pixels.ndim == 5 and pixels.shape[1] == 1:
             pixels = pixels.squeeze(1)
         return pixels if output_type == "uint8" else to_pil(pixels)
+
+    @torch.no_grad()
+    def check(
+        self,
+        prompts: list[str],
+        num_inference_steps: int,
+        ode_step: Callable[..., torch.Tensor],
+    ) -> float:
+        """
+        Compares samples of the policy with those of the pipeline itself, and two predictions of a step with each other.
+
+        Args:
+            prompts (`list[str]`):
+                Prompts, of which the first two distinct ones are taken.
+            num_inference_steps (`int`):
+                Number of denoising steps; costs twice as many evaluations, and two more.
+            ode_step (`Callable`):
+                Deterministic step, as in [`~flow_trl.rollout.rollout`].
+
+        Returns:
+            `float`: largest difference between final latents, in units of the pipeline's standard deviation.
+
+        Raises:
+            ValueError: if there is a difference above rounding.
+        """
+        prompts, before = list(dict.fromkeys(prompts))[:2], self.evaluations
+
+        def generators() -> list[torch.Generator]:
+            return [sample_generator("check", index) for index in range(len(prompts))]
+
+        latents, schedule, conditioning = self.start(prompts, num_inference_steps, generators())
+        twice = [self.predict(latents, 0, conditioning, schedule) for _ in range(2)]
+        name = type(self.pipe).__name__
+        exact = next(self.denoiser.parameters()).dtype == torch.float32
+        tolerance = 1e-3 if exact else 0.1
+        difference = ((twice[0] - twice[1]).abs().max() / twice[0].std()).item()
+        if not difference <= tolerance:
+            raise ValueError(
+                f"`model` ({name}) predicts another velocity or noise each time it is asked: the same step of the same latents "
+                f"differs by {difference:.3g} of its standard deviation. Something in its call is random (dropout, or a "
+                "condition that is encoded with noise): training would follow that noise. Put it into evaluation mode, or give "
+                "it conditions that are encoded without noise."
+            )
+        for step in range(num_inference_steps):
+            output = self.predict(latents, step, conditioning, schedule)
+            latents = ode_step(output, latents, step, step + 1, schedule)
+        self.evaluations = before
+
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        attributes = {"safety_checker": None, "_progress_bar_config": {"disable": True}}
+        runner = self._runner(self.device, scheduler=scheduler, **attributes)
+        negative = {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * len(prompts)}
+        with self._text_encoders():
+            expected = runner(
+                prompt=prompts, **negative, num_inference_steps=num_inference_steps, generator=generators(),
+                output_type="latent", **self.call_kwargs,
+            )[0].float()  # fmt: skip
+        difference = math.inf
+        if latents.shape == expected.shape:
+            difference = ((latents - expected).abs().max() / expected.std()).item()
+        if not difference <= tolerance:
+            raise ValueError(
+                f"`model` ({name}) samples other latents than the policy that would be trained: after {num_inference_steps} "
+                f"steps they differ by {difference:.3g} of their standard deviation, or in shape ({tuple(expected.shape)} and "
+                f"{tuple(latents.shape)}). Its class does something in its loop or its encoding of prompts that flow_trl does "
+                "not follow: please report it, with the class and the arguments. `check_pipeline=False` trains all the same."
+            )
+        return difference
 
     def _call(self, stand_in: _StandIn, forward: Callable, conditioning: Conditioning, grad: bool = False, **kwargs):
         device = self.device

@@ -72,6 +72,10 @@ class DiffusionConfig(TrainingArguments):
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Whether the text encoders wait on the CPU except while they encode. Each prompt is encoded once (embeddings
             are kept on the CPU, up to 2 GiB), so this costs little.
+        check_pipeline (`bool`, *optional*, defaults to `True`):
+            Whether to compare, before the first generation, a short rollout of two prompts with what the pipeline itself
+            samples, and two predictions of a step with each other; a difference above rounding is an error. It costs some
+            sixteen denoiser evaluations and is logged as `check_pipeline/max_deviation`.
         updates_per_generation (`int`, *optional*, defaults to `2`):
             Number of parts into which a generation's images are split, with one optimizer update each.
         num_iterations (`int`, *optional*, defaults to `1`):
@@ -170,6 +174,9 @@ class DiffusionConfig(TrainingArguments):
     offload_text_encoders: bool = field(
         default=False, metadata={"help": "Whether the text encoders wait on the CPU except while they encode."}
     )
+    check_pipeline: bool = field(
+        default=True, metadata={"help": "Whether to compare a short rollout with the pipeline's own samples first."}
+    )
     updates_per_generation: int = field(default=2, metadata={"help": "Number of updates per pass over a generation."})
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over a generation."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the prompts in each epoch."})
@@ -230,7 +237,11 @@ class DiffusionConfig(TrainingArguments):
     @property
     def sampling_arguments(self) -> dict[str, Any]:
         """What samples may depend on: all fields but those that say how they are scored."""
-        names = [name for name in self._own_fields() if not name.startswith(("reward_", "overlap_", "out_of_domain_"))]
+        names = [
+            name
+            for name in self._own_fields()
+            if not name.startswith(("reward_", "overlap_", "out_of_domain_", "check_"))
+        ]
         return {name: getattr(self, name) for name in ("seed", *names)}
 
     def _check(self, name: str, condition: bool, remedy: str) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from ..callbacks import EMACallback
+from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
@@ -163,11 +163,13 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
                 )
             self.ema = EMACallback(self._trained, args.ema_decay, args.ema_update_steps)
             self.add_callback(self.ema)
+        self.add_callback(OnPolicyCallback(self))
         self._reference = ReferencePolicy(self.policy, self.is_lora) if args.beta else None
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
         self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None
         self._resumed_from: str | None = None
+        self._is_checked = False
         self._completions: tuple[list, dict[str, list]] | None = None
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
@@ -348,6 +350,10 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         position = self.state.global_step % self._updates_per_generation
+        if self.args.check_pipeline and not self._is_checked:
+            steps, prompts = min(3, self.args.num_inference_steps), self.train_dataset[:64]["prompt"]
+            self._record({"check_pipeline/max_deviation": self.policy.check(prompts, steps, self._ode_step)})
+            self._is_checked = True
         if position == 0:
             self._generate(self.state.global_step)
         elif self._generation is None:

@@ -77,6 +77,7 @@ def make_config(output_dir, method="tp", **kwargs):
         "max_steps": 2,
         "learning_rate": 1e-2,
         "max_grad_norm": 0.0,
+        "check_pipeline": False,
         "beta": 0.0,
         "ema_update_steps": 1,
         "eval_num_inference_steps": 2,

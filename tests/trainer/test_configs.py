@@ -48,6 +48,7 @@ COMMAND_LINE = {
     "adv_clip_max": ("3", 3.0),
     "reward_weights": ("1 -0.5", [1.0, -0.5]),
     "overlap_rewards": ("false", False),
+    "check_pipeline": ("false", False),
     "reward_timeout": ("30", 30.0),
     "reward_retries": ("2", 2),
     "reward_on_error": ("none", "none"),

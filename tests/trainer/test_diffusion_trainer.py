@@ -985,7 +985,263 @@ def test_none_is_not_applicable(tmp_path):
     def some(prompts, images, number, **columns):
         return [None if i % 2 else gray(image) for i, image in zip(number, images, strict=True)]
 
-    def not_asked(prompts, images, **columns):
+    def never(prompts, images, **columns):
+        return [None] * len(images)
+
+    def instead(prompts, images, number, **columns):
+        return [gray(image) if i % 2 else 0.0 for i, image in zip(number, images, strict=True)]
+
+    trainer = make_trainer(tmp_path, reward_funcs=[some, never, instead], shuffle_dataset=False)
+    trainer.train()
+    plain = make_trainer(tmp_path, shuffle_dataset=False)
+    plain.train()
+    assert torch.equal(weights(trainer), weights(plain))
+    assert logged(trainer, "reward") == logged(plain, "reward")
+    assert not logged(trainer, "rewards/never/mean")
+    # `some` is averaged over the images to which it applies
+    recorder = Recorder()
+    make_trainer(tmp_path, reward_funcs=recorder, shuffle_dataset=False).train()
+    applies = recorder.rewards[2].reshape(4, 4)[::2]
+    assert logged(trainer, "rewards/some/mean") == [pytest.approx(applies.mean(), abs=1e-6)]
+
+
+def test_a_group_to_which_nothing_applies_is_skipped(tmp_path):
+    def some(prompts, images, number, **columns):
+        return [None if i < 2 else gray(image) for i, image in zip(number, images, strict=True)]
+
+    trainer = make_trainer(tmp_path, reward_funcs=some, shuffle_dataset=False)
+    trainer.train()
+    assert logged(trainer, "frac_reward_zero_std") == [0.5]
+
+
+# Evaluation
+
+
+def test_evaluation_metrics(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, reward_funcs=recorder, evaluation=prompts(5))
+    metrics = trainer.evaluate()
+    rewards = np.concatenate(recorder.rewards)
+    assert [len(images) for images in recorder.images] == [4, 1]
+    se = rewards.std() / 5**0.5
+    expected = {"eval_reward": rewards.mean(), "eval_reward_se": se}
+    for name, value in {"mean": rewards.mean(), "std": rewards.std(), "se": se}.items():
+        expected[f"eval_rewards/brightness/{name}"] = value
+    assert metrics.keys() == expected.keys() | {"eval_runtime"}
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert trainer.state.log_history[-1].items() >= metrics.items()
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, size):
+    images = []
+    for per_device in (4, size):
+        recorder = Recorder()
+        trainer = make_trainer(
+            tmp_path, reward_funcs=recorder, evaluation=prompts(5), per_device_eval_batch_size=per_device
+        )
+        trainer.evaluate()
+        images.append(np.concatenate(recorder.images).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+    expected = draw(pipelines.stable_diffusion_3(t5=False), PROMPTS[:5], eval_noise(5))
+    assert np.abs(images[0] - expected).max() <= 1
+
+
+def test_several_evaluation_sets(tmp_path):
+    sets = {"short": prompts(2), "long": prompts(5)}
+    trainer = make_trainer(
+        tmp_path, evaluation=sets, eval_strategy="steps", eval_steps=2, eval_on_start=True, max_steps=2
+    )
+    trainer.train()
+    for name in sets:
+        assert len(logged(trainer, f"eval_{name}_reward")) == 2
+        assert (tmp_path / "images" / f"eval_{name}-000002.png").is_file()
+    assert logged(trainer, "eval_short_reward")[1] == trainer.evaluate(sets["short"])["eval_reward"]
+
+
+@pytest.mark.parametrize("count, size", [(3, (48, 16)), (9, (128, 32)), (0, None)])
+def test_grid_of_an_evaluation(tmp_path, count, size):
+    recorder = Recorder()
+    data = Dataset.from_list([{"prompt": PROMPTS[i % 8], "easy": False} for i in range(10)])
+    trainer = make_trainer(tmp_path, reward_funcs=recorder, evaluation=data, num_images_to_save=count)
+    trainer.evaluate()
+    path = tmp_path / "images" / "eval-000000.png"
+    if size is None:
+        assert not path.exists()
+        return
+    grid = np.asarray(Image.open(path))
+    assert grid.shape[1::-1] == size
+    for i, image in enumerate(np.concatenate(recorder.images)[:count]):
+        row, column = divmod(i, min(8, count))
+        assert np.array_equal(grid[16 * row : 16 * row + 16, 16 * column : 16 * column + 16], image)
+
+
+def test_grids_of_training_images(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, reward_funcs=recorder, max_steps=3, log_completions=True, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["train-000001.png", "train-000003.png"]
+    grid = np.asarray(Image.open(tmp_path / "images" / "train-000003.png"))
+    assert np.array_equal(grid, np.concatenate(recorder.images[-1][:4], axis=1))  # finished images
+    # a generation that was begun before the run was stopped leaves no grid
+    make_trainer(tmp_path, max_steps=4, log_completions=True).train(str(tmp_path / "checkpoint-3"))
+
+
+def test_grids_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(
+        tmp_path / "out", evaluation=prompts(3), eval_strategy="steps", eval_steps=2, report_to=["tensorboard"]
+    )
+    trainer.train()
+    folders = {path.parent for path in tmp_path.rglob("events*")}
+    (folder,) = folders
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    (event,) = events.Images("images/eval")
+    assert (event.step, event.width, event.height) == (2, 48, 16)
+
+
+def test_learning_curve_of_a_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    from flow_trl.callbacks import LearningCurveCallback
+
+    make_trainer(
+        tmp_path, evaluation=prompts(2), eval_strategy="steps", eval_steps=1, callbacks=[LearningCurveCallback()]
+    ).train()
+    assert Image.open(tmp_path / "learning_curve.png").size == (528, 432)
+
+
+def test_metrics_of_an_update(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.1)
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    update = {"loss", "grad_norm", "learning_rate", "kl", "ratio/max_deviation", "time/update", "epoch", "step"}
+    update |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+    update |= {"total_nfe", "total_reward_calls"}
+    generation = {"reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std"}
+    generation |= {"nfe", "reward_calls", "time/sampling", "time/decoding", "time/reward", "time/reward_wait"}
+    generation |= {f"{name}/step_{k}" for name in ("turning_points", "incremental_reward") for k in (1, 2)}
+    assert second.keys() == update
+    assert first.keys() == update | generation
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Uploads go to folders."""
+    uploads = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": f"me/{repo_id.split('/')[-1]}"})
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns=None, path_in_repo="", **kwargs):
+        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploads.append((repo_id, sorted(filter_repo_objects(paths, ignore_patterns=ignore_patterns))))
+        return type("Done", (), {"done": lambda self: True, "result": lambda self: None})()
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+def test_push_to_hub(tmp_path, hub):
+    trainer = make_trainer(
+        tmp_path / "lora-of-mine", evaluation=prompts(2), eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    (trainer.args.output_dir / Path("_saving") / "checkpoint-9").mkdir(parents=True)
+    (trainer.args.output_dir / Path("_saving") / "checkpoint-9" / "optimizer.pt").touch()  # left by a kill
+    trainer.push_to_hub()
+    assert hub == [
+        ("me/lora-of-mine", ["README.md", "images/eval-000002.png", "pytorch_lora_weights.safetensors"])
+    ]  # fmt: skip
+
+
+def test_pushing_at_every_save(tmp_path, hub):
+    make_trainer(
+        tmp_path / "run", push_to_hub=True, hub_model_id="me/run", save_strategy="steps", save_steps=1
+    ).train()
+    assert len(hub) >= 2
+    for repo, files in hub:
+        assert repo == "me/run"
+        assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(files)
+        assert not any("checkpoint" in file or "optimizer" in file for file in files)
+
+
+def test_model_card(tmp_path):
+    def flat_reward(prompts, images, **columns):
+        return [0.25] * len(images)
+
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.register_to_config(_name_or_path="someone/small-flow")
+    trainer = make_trainer(
+        tmp_path / "my-lora", pipe=pipe, reward_funcs=[brightness, flat_reward], reward_weights=[1.0, 0.5],
+        evaluation=prompts(3), eval_strategy="steps", eval_steps=2, eval_on_start=True, hub_model_id="me/my-lora",
+        learning_rate=0.05, seed=7,
+    )  # fmt: skip
+    trainer.train()
+    trainer.create_model_card(dataset_name="me/prompts", tags="toy")
+    card = ModelCard.load(tmp_path / "my-lora" / "README.md")
+    assert card.data.base_model == "someone/small-flow"
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    assert card.data.datasets == "me/prompts"
+    assert {"lora", "flow-trl", "TP-GRPO", "toy"} <= set(card.data.tags)
+    before, after = logged(trainer, "eval_reward")
+    assert before != after
+    for text in (
+        "# my-lora",
+        "trained with TP-GRPO",
+        "2602.06422",
+        "`TPGRPOTrainer`",
+        'pipe.load_lora_weights("me/my-lora")',
+        f"| reward | {before:.4f} | {after:.4f} |",
+        "| rewards/flat_reward/mean | 0.2500 | 0.2500 |",
+        "`brightness` 1.0, `flat_reward` 0.5",
+        "| learning_rate | 0.05 |",
+        "| seed | 7 |",
+        "| credit | consistent |",
+        "| LoRA rank, alpha | 4, 8 |",
+        "![Samples](images/eval-000002.png)",
+        f"flow_trl {flow_trl.__version__}",
+        "@misc{",
+    ):
+        assert text in card.text, text
+
+
+def test_model_card_of_a_run_without_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path / "full", method="flow", full=True, learning_rate=1e-4)
+    trainer.create_model_card()
+    assert "Not measured." in ModelCard.load(tmp_path / "full" / "README.md").text
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "full" / "README.md")
+    assert "training generations" in card.text and "LoRA" not in card.text
+    assert "2505.05470" in card.text and f'DiffusionPipeline.from_pretrained("{tmp_path / "full"}")' in card.text
+    assert "lora" not in card.data.tags
+
+
+class Restless(torch.nn.Module):
+    """A denoiser's module whose output changes from call to call."""
+
+    def __init__(self, inner, scale):
+        super().__init__()
+        self.inner, self.scale, self.calls = inner, scale, 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.inner(*args) * (1 + self.scale * self.calls)
+
+
+def not_asked(prompts, images, **columns):
     raise AssertionError("nothing is scored before the pipeline is checked")
 
 
