@@ -77,7 +77,7 @@ SEEDS = [42, 43, 44, 45, 46]
 COVERED, DARK = 0.2, 140  # half way between the background and any colour, in its smallest channel
 NUM_LABELS, NUM_IMAGES = 96, 256  # the images without label scale the proxy
 NUM_PROMPTS, STEPS = 16, 5
-GENERATIONS, EVAL_EVERY = 36, 3
+GENERATIONS, EVAL_EVERY = 24, 2
 COMMON = {
     "num_inference_steps": STEPS,
     "eval_num_inference_steps": STEPS,
