@@ -29,7 +29,7 @@ def test_tp_grpo(tmp_path, task, method):
     small = ["--max_steps", "2", "--eval_size", "10", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--updates_per_generation", "2", "--eval_num_inference_steps", "2"]
     output = run("tp_grpo.py", "--task", task, "--method", method, "--output_dir", str(tmp_path), *small)
-    names = {"scenes": ["scene", "scene_strict"], "words": ["ocr"]}[task]
+    names = {"scenes": ["clip_score", "scene", "scene_strict"], "words": ["ocr"]}[task]
     table = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in table[2:]] == names
     for _, before, after, change, _ in table[2:]:

@@ -33,7 +33,6 @@ class TPGRPOTrainer(FlowGRPOTrainer):
     ```
     """
 
-    _name = "TP-GRPO"
     _paper = {
         "title": "Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO",
         "id": "2602.06422",
@@ -42,6 +41,10 @@ class TPGRPOTrainer(FlowGRPOTrainer):
 
     _config_class = TPGRPOConfig
     args: TPGRPOConfig
+
+    @property
+    def _name(self) -> str:
+        return "Control-variate GRPO" if self.args.credit.endswith("control_variate") else "TP-GRPO"
 
     @property
     def _needs_completions(self) -> bool:
