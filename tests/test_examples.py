@@ -52,7 +52,7 @@ def test_tdpo_r_and_its_comparison(tmp_path):
         folder = tmp_path / f"{method}-42"
         updates = ["--updates_per_generation", "2" if method == "ddpo" else "1"]
         rows = rows_of(run("tdpo_r.py", "--method", method, "--output_dir", str(folder), *small, *updates))
-        names = ["jpeg_compressibility", "clip_score", "scene", "scene_strict"]
+        names = ["proxy", "gold"]
         assert [name for name in rows if name != "reward" and not name.startswith("-")] == names
         for name in names:
             before, after, change, _ = map(float, rows[name])

@@ -7,14 +7,10 @@ Over-optimisation, studied as in https://huggingface.co/papers/2210.10760: the *
 from few noisy labels of it, and training on the proxy makes gold rise, then fall. DDPO, TDPO and TDPO-R with each kind of
 reset, in the tiny world.
 
-Gold is how near a picture comes to being one fifth covered by shapes: minus the difference, in percentage points. The proxy is
-a ridge regression on the tiny CLIP's embedding of the image, fitted to 96 images of the pretrained pipeline whose labels are
-gold plus as much noise as gold varies. Most of these images are covered by less, so what a head can learn is that more is
-better. Each seed has labels, and so a proxy, of its own; all methods share them.
+The rewards are those of `flow_trl.tiny.proxy`. Each seed has labels, and so a proxy, of its own; all methods share them.
 
-Settings are those of `examples/tdpo_r.py`, but for what makes the proxy rise far enough in a few minutes: 16 training prompts,
-whose own rewards normalise from 8 on, 5 denoising steps, a wider clip range, a higher learning rate. All were chosen with DDPO
-(seed 1) alone; the other methods take them over. The critic is reset every 5 generations, not 10, for gold turns after about 10.
+Settings are those of `examples/tdpo_r.py`. All were chosen with DDPO (seed 1) alone; the other methods take them over. The critic is
+reset every 5 generations, not 10, for gold turns after about 10.
 
 Each finished run is a JSON file in `--results`; what is there is not run again, so the study can be stopped at any time. One
 process per core:
@@ -33,14 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig
-from PIL import Image
 from transformers import HfArgumentParser
 
 from flow_trl import DDPOConfig, DDPOTrainer, TDPORConfig, TDPORTrainer, tiny
-from flow_trl.rewards.clip import ClipEncoder
+from flow_trl.tiny.proxy import Proxy, gold
 
 
 @dataclass
@@ -74,8 +68,6 @@ METHODS = {
     "TDPO-R, all": {"reset_neurons": "all"},
 }
 SEEDS = [42, 43, 44, 45, 46]
-COVERED, DARK = 0.2, 140  # half way between the background and any colour, in its smallest channel
-NUM_LABELS, NUM_IMAGES = 96, 256  # the images without label scale the proxy
 NUM_PROMPTS, STEPS = 16, 5
 GENERATIONS, EVAL_EVERY = 24, 2
 COMMON = {
@@ -101,66 +93,10 @@ DDPO = {"per_device_train_batch_size": 16, "updates_per_generation": 8}
 TDPO = {"per_device_train_batch_size": 32, "updates_per_generation": 2, "critic_learning_rate": 3e-3, "reset_every": 5}
 
 
-def gold(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
-    """Minus the distance of the share of an image that shapes cover, in percent, from the best one."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    covered = (pixels.min(-1) < DARK).mean((1, 2))
-    return (-100 * abs(covered - COVERED)).tolist()
-
-
-class Proxy:
-    """
-    A head on the tiny CLIP, in standard deviations over images of the pretrained pipeline.
-
-    Args:
-        seed (`int`): draws the labelled images and the noise of their labels.
-
-    Attributes:
-        correlation (`float`): with gold, on images that were not labelled.
-    """
-
-    __name__ = "proxy"
-
-    def __init__(self, seed: int):
-        self.encoder = ClipEncoder(*tiny.load_clip())
-        prompts = tiny.load_prompts("scenes", "train").shuffle(seed=seed)["prompt"][:NUM_IMAGES]
-        pipe = tiny.load_diffusion_pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        settings = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": 1.0}
-        images = pipe(prompts, **settings, generator=torch.Generator().manual_seed(seed)).images
-        features, exact = self.embed(images), np.array(gold(prompts, images))
-        labels, rest = slice(NUM_LABELS), slice(NUM_LABELS, None)
-        noise = np.random.default_rng(seed).normal(0, exact[labels].std(), NUM_LABELS)
-        self.weights = ridge(features[labels], exact[labels] + noise)
-        predicted = features[rest] @ self.weights
-        self.mean, self.std = predicted.mean(), predicted.std()
-        self.correlation = float(np.corrcoef(predicted, exact[rest])[0, 1])
-
-    def embed(self, images: list[Image.Image]) -> np.ndarray:
-        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-        embeddings = self.encoder(pixels.permute(0, 3, 1, 2) / 255)
-        return torch.nn.functional.normalize(embeddings).double().numpy()
-
-    def __call__(self, prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
-        return ((self.embed(images) @ self.weights - self.mean) / self.std).tolist()
-
-
-def ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Weights (d,) of a ridge regression of y (N,) on x (N, d); the strength is the best when one label is left out."""
-    x, y = x - x.mean(0), y - y.mean()
-    found = {}
-    for strength in 10.0 ** np.arange(-3, 2):
-        solve = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T)
-        hat = np.diag(x @ solve) + 1 / len(x)
-        error = np.mean(((y - x @ solve @ y) / (1 - hat)) ** 2)
-        found[error] = solve @ y
-    return found[min(found)]
-
-
 def run(method: str, seed: int) -> dict:
     """Trains once; returns the learning curve."""
     started = time.process_time()
-    proxy, is_ddpo = Proxy(seed), METHODS[method] is None
+    proxy, is_ddpo = Proxy(seed, num_inference_steps=STEPS), METHODS[method] is None
     updates_per_generation = DDPO["updates_per_generation"] if is_ddpo else TDPO["updates_per_generation"] * STEPS
     with tempfile.TemporaryDirectory() as folder:
         args = (DDPOConfig if is_ddpo else TDPORConfig)(
