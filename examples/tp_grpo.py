@@ -108,14 +108,14 @@ TINY = {
     "learning_rate": 2e-3,
     "multi_objective_aggregation": "normalize_then_sum",
     "eval_strategy": "steps",
-    "eval_steps": 10,
+    "eval_steps": 13,
     "beta": 0.0,
     "ema_decay": 0.0,
     "use_cpu": True,
     "report_to": "none",
     "save_strategy": "no",
 }
-TINY_UPDATES = {"control_variate": 40, "tp_grpo": 30, "flow_grpo": 90}  # of about the same time
+TINY_UPDATES = {"control_variate": 52, "tp_grpo": 39, "flow_grpo": 117}  # of about the same time
 TINY_WORDS = {"generation_batch_size": 64}
 
 
