@@ -313,6 +313,7 @@ def draw(reward: str, names: list[str], of_method: dict, methods: list[str], per
                 if len(runs) > 1:
                     error = y.std(0, ddof=1) / len(runs) ** 0.5
                     panel.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=f"C{number}", alpha=0.2, lw=0)
+            panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(labels[axis])
             panel.grid(alpha=0.3)
         row[0].set_ylabel(f"held out: {name}" + ("" if name == reward else "\n(not trained)"))
