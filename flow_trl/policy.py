@@ -326,6 +326,19 @@ class PipelinePolicy:
         """Whether samples have more than one frame."""
         return self.call_kwargs.get("num_frames", self._call_defaults.get("num_frames", 1)) != 1
 
+    @property
+    def _is_guided(self) -> bool:
+        """Whether the pipeline needs an embedding of the negative prompt."""
+        name = self.family.negative_if
+        return self.call_kwargs.get(name, self._call_defaults[name]) > 1
+
+    def _negative_prompts(self, count: int) -> list[str] | None:
+        """Negative prompts as the pipeline takes them; the empty one for those that would leave guidance out."""
+        joint = "do_classifier_free_guidance" in inspect.signature(self.pipe.encode_prompt).parameters
+        if self.negative_prompt is None and (joint or not self._is_guided):
+            return None
+        return [self.negative_prompt or ""] * count
+
     @contextmanager
     def _text_encoders(self):
         """Within this context the text encoders are where they encode."""
@@ -371,12 +384,9 @@ class PipelinePolicy:
             if name in self._call_defaults
         }
         kwargs = {name: value for name, value in kwargs.items() if name in parameters}
-        negative_if = self.family.negative_if
-        guided = self.call_kwargs.get(negative_if, self._call_defaults[negative_if]) > 1
-        joint = "do_classifier_free_guidance" in parameters
+        joint, negative = "do_classifier_free_guidance" in parameters, self._negative_prompts(len(prompts))
         if joint:
-            negative = None if self.negative_prompt is None else [self.negative_prompt] * len(prompts)
-            kwargs.update(do_classifier_free_guidance=guided, negative_prompt=negative)
+            kwargs.update(do_classifier_free_guidance=self._is_guided, negative_prompt=negative)
 
         def encode(texts, prefix=""):
             outputs = runner.encode_prompt(prompt=texts, device=self.device, **kwargs)
@@ -389,8 +399,8 @@ class PipelinePolicy:
 
         with self._text_encoders():
             arguments = encode(prompts)
-            if guided and not joint:
-                arguments |= encode([self.negative_prompt or ""] * len(prompts), prefix="negative_")
+            if self._is_guided and not joint:
+                arguments |= encode(negative, prefix="negative_")
         return Conditioning(arguments)
 
     def start(
@@ -556,10 +566,10 @@ class PipelinePolicy:
         scheduler = copy.deepcopy(self.pipe.scheduler)
         attributes = {"safety_checker": None, "_progress_bar_config": {"disable": True}}
         runner = self._runner(self.device, scheduler=scheduler, **attributes)
-        negative = {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * len(prompts)}
+        negative = self._negative_prompts(len(prompts))
         with self._text_encoders():
             expected = runner(
-                prompt=prompts, **negative, num_inference_steps=num_inference_steps, generator=generators(),
+                prompt=prompts, negative_prompt=negative, num_inference_steps=num_inference_steps, generator=generators(),
                 output_type="latent", **self.call_kwargs,
             )[0].float()  # fmt: skip
         difference = math.inf

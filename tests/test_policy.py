@@ -8,6 +8,7 @@ from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, DDPMPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
 from flow_trl.policy import PIPELINE_FAMILIES, PipelineFamily, PipelinePolicy, PromptCache
+from flow_trl.rollout import euler_step
 from tests import pipelines
 
 
@@ -80,6 +81,23 @@ def test_rollout_equals_the_pipeline(family, guidance_scale, negative_prompt):
     negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(PROMPTS)}
     images, expected = sample(policy), call(policy, **negative)
     assert np.array_equal(images, expected) and expected.std() > 0.05
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "blurry photo"])
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_finds_nothing(family, guidance_scale, negative_prompt):
+    policy = make(family, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    scheduler = policy.pipe.scheduler
+
+    def step(output, sample, step, next_step, schedule):
+        if schedule.sigmas is not None:
+            return euler_step(output, sample, step, next_step, schedule)
+        scheduler.set_timesteps(len(schedule.timesteps))
+        return scheduler.step(output, scheduler.timesteps[step], sample, return_dict=False)[0]
+
+    assert policy.check([*PROMPTS, *PROMPTS], 3, step) == 0.0
+    assert policy.evaluations == 0
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd", "wan_video"])
