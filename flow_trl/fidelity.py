@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .generation import Chunk, Sampled
-    from .policy import Conditioning
+    from .conditioning import Conditioning
     from .trainer.tp_grpo_trainer import TPGRPOTrainer
 
 

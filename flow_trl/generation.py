@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .policy import Conditioning, PipelinePolicy, PromptCache, Schedule
+from .conditioning import Conditioning, PromptCache
+from .policy import PipelinePolicy, Schedule
 from .rollout import Trajectory
 from .scoring import RewardLog, Scorer, in_thread
 from .utils import to_device

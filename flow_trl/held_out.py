@@ -9,7 +9,7 @@ import torch
 
 from .callbacks import log_image, save_image_grid
 from .generation import Chunk
-from .policy import Conditioning
+from .conditioning import Conditioning
 from .rollout import Trajectory, rollout
 from .utils import sample_generator, to_pil
 

@@ -1,62 +1,42 @@
 """Any diffusers pipeline as a stochastic policy: its own `__call__`, with a stand-in for its scheduler."""
 
 import copy
+import functools
 import inspect
+import logging
 import math
-from collections import OrderedDict
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .utils import sample_generator, to_device, to_pil
+from .conditioning import Conditioning, NoRows, check_order, each, find_layout, has_padding, pad_where_masked, split_rows
+from .utils import sample_generator, to_pil
 
 
-class PipelineFamily(NamedTuple):
-    """
-    What [`PipelinePolicy`] must be told about a pipeline class; everything else it asks the pipeline.
+logger = logging.getLogger(__name__)
 
-    Args:
-        outputs (`tuple[str | None, ...]`):
-            For each output of `encode_prompt`, the argument of `__call__` that takes it (`None`: it is not passed on).
-        guidance (`str`, *optional*, defaults to `"guidance_scale"`):
-            Argument of `__call__` that sets the strength of guidance.
-        negative_if (`str`, *optional*, defaults to `"guidance_scale"`):
-            Argument of `__call__` above 1 of which the pipeline needs an embedding of the negative prompt.
-    """
-
-    outputs: tuple[str | None, ...]
-    guidance: str = "guidance_scale"
-    negative_if: str = "guidance_scale"
-
-
-PIPELINE_FAMILIES: dict[str, PipelineFamily] = {
-    "StableDiffusion3Pipeline": PipelineFamily(
-        ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    ),
-    "FluxPipeline": PipelineFamily(("prompt_embeds", "pooled_prompt_embeds", None), negative_if="true_cfg_scale"),
-    "QwenImagePipeline": PipelineFamily(
-        ("prompt_embeds", "prompt_embeds_mask"), guidance="true_cfg_scale", negative_if="true_cfg_scale"
-    ),
-    "StableDiffusionPipeline": PipelineFamily(("prompt_embeds", "negative_prompt_embeds")),
-    "StableDiffusionXLPipeline": PipelineFamily(
-        ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    ),
-    "WanPipeline": PipelineFamily(("prompt_embeds", "negative_prompt_embeds")),
-}
-
-# Arguments of `__call__` that the policy sets itself, or that mean something else in a call of a single step.
+# Arguments of `__call__` that the policy sets itself.
 _RESERVED = {
-    "prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
+    "prompt", "prompt_2", "prompt_3", "prompt_4", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4",
     "num_inference_steps", "timesteps", "sigmas", "generator", "latents", "eta",
     "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs", "skip_guidance_layers", "denoising_end",
+    "callback_on_step_end_tensor_inputs", "callback", "callback_steps", "denoising_end", "audio_latents",
 }  # fmt: skip
+
+# What a pipeline computes of prompts and images before its loop: recorded in `encode`, given back afterwards.
+_RECORDED = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
+_RECORDED_OF_PROCESSORS = re.compile("preprocess|preprocess_video|resize|resize_and_crop_tensor")
+
+# Arguments of `__call__` that a data set may have a column for, one entry per prompt.
+COLUMNS = ("image", "control_image", "mask_image", "last_image", "ip_adapter_image")
 
 
 class Schedule(NamedTuple):
@@ -74,67 +54,6 @@ class Schedule(NamedTuple):
     sigmas: torch.Tensor | None
 
 
-@dataclass
-class Conditioning:
-    """
-    Everything a pipeline knows of a batch of prompts, selectable by sample.
-
-    Args:
-        arguments (`dict[str, Any]`):
-            Arguments of the pipeline's `__call__`; tensors and lists have one entry per prompt.
-
-    Example:
-
-    ```python
-    >>> conditioning = policy.encode(["a red circle", "a blue square"])
-    >>> len(conditioning[[0, 0, 1]])  # any subset or repetition
-    3
-    ```
-    """
-
-    arguments: dict[str, torch.Tensor | list | None]
-
-    def __len__(self) -> int:
-        return len(self.arguments["prompt_embeds"])
-
-    def __getitem__(self, index: list[int] | torch.Tensor | slice) -> "Conditioning":
-        rows = torch.arange(len(self))[index].tolist()
-
-        def select(value):
-            if isinstance(value, torch.Tensor):
-                return value[torch.tensor(rows, device=value.device)]
-            return [value[row] for row in rows] if isinstance(value, list) else value
-
-        return Conditioning({name: select(value) for name, value in self.arguments.items()})
-
-    def on(self, device: torch.device, rows: list[int]) -> "Conditioning":
-        """
-        The conditioning of some rows, on a device to which each distinct row goes once.
-
-        Args:
-            device (`torch.device`):
-                The device.
-            rows (`list[int]`):
-                n indices of rows, in any order, with or without repetition.
-
-        Returns:
-            [`Conditioning`] of length n.
-        """
-        distinct = list(dict.fromkeys(rows))
-        index = [distinct.index(row) for row in rows]
-        device_index = to_device(torch.tensor(index), device)
-
-        def move(value):
-            if isinstance(value, torch.Tensor):
-                return to_device(value, device).index_select(0, device_index)
-            if isinstance(value, list):
-                value = [to_device(entry, device) if isinstance(entry, torch.Tensor) else entry for entry in value]
-                return [value[i] for i in index]
-            return value
-
-        return Conditioning({name: move(value) for name, value in self[distinct].arguments.items()})
-
-
 class Start(NamedTuple):
     """
     Where sampling begins.
@@ -145,7 +64,7 @@ class Start(NamedTuple):
         schedule ([`Schedule`]):
             Timesteps and sigmas with this pipeline's own shift.
         conditioning ([`Conditioning`]):
-            The embedded prompts.
+            What the pipeline computed of the prompts.
     """
 
     latents: torch.Tensor
@@ -157,35 +76,71 @@ class _StepReached(Exception):
     """The pipeline called `scheduler.step`; what was wanted is in the stand-in."""
 
 
+class _Handed(NamedTuple):
+    prev_sample: torch.Tensor
+
+
 class _StandIn:
-    """A scheduler for one call: behaves as the real one up to `step`, and keeps what arrives there."""
+    """
+    A scheduler for one call: a copy of the real one whose `step` calls `on_step(model_output, timestep, sample)`, which
+    returns the sample of the next step. With a schedule, that one is used whatever the pipeline asks for.
+    """
 
-    def __init__(self, scheduler, schedule: Schedule | None = None, hand_back: torch.Tensor | None = None):
-        self._scheduler = copy.deepcopy(scheduler) if schedule is None else scheduler
-        self._fixed = schedule is not None
-        self._hand_back = hand_back
-        if self._fixed:
-            self.timesteps, self.sigmas = schedule
-            self.init_noise_sigma = 1.0
-            self.order = 1
+    @classmethod
+    def of(cls, scheduler: Any, on_step: Callable, schedule: Schedule | None = None) -> "_StandIn":
+        stand_in = copy.deepcopy(scheduler) if schedule is None else copy.copy(scheduler)
+        stand_in.__class__ = _stand_in_class(type(scheduler), schedule is not None)
+        stand_in.on_step = on_step
+        if schedule is not None:
+            stand_in.timesteps, stand_in.num_inference_steps = schedule.timesteps, len(schedule.timesteps)
+            if schedule.sigmas is not None:
+                stand_in.sigmas = schedule.sigmas
+        return stand_in
 
-    def __getattr__(self, name):
-        return getattr(self._scheduler, name)
+    def step(self, model_output, timestep, sample, *args, **kwargs) -> _Handed:
+        return _Handed(self.on_step(model_output, timestep, sample))
+
+
+class _FixedStandIn(_StandIn):
+    order = 1
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        if not self._fixed:
-            given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, "num_inference_steps": num_inference_steps}
-            given = {name: value for name, value in given.items() if value is not None}
-            self._scheduler.set_timesteps(device=device, **given)
+        pass
 
     def set_begin_index(self, begin_index=0):
         pass
 
-    def step(self, model_output, timestep, sample, *args, **kwargs):
-        self.model_output, self.sample = model_output, sample
-        if self._hand_back is None:
-            raise _StepReached
-        return (self._hand_back,)
+
+@functools.cache
+def _stand_in_class(scheduler_class: type, fixed: bool) -> type:
+    return type(scheduler_class.__name__, (_FixedStandIn if fixed else _StandIn, scheduler_class), {})
+
+
+class _Encoded:
+    """The output of a VAE's `encode`, whose sample is its mode: a condition has no noise of its own."""
+
+    def __init__(self, latents: torch.Tensor):
+        self.latents = self.latent = self.mean = latents
+        self.latent_dist = self
+
+    def mode(self) -> torch.Tensor:
+        return self.latents
+
+    def sample(self, generator: torch.Generator | list | None = None) -> torch.Tensor:
+        if generator is not None:  # what is drawn after this is what the pipeline draws
+            latents = self.latents
+            randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return self.latents
+
+    def __getitem__(self, index: int) -> "_Encoded":
+        return self
+
+
+def _mode(output: Any) -> torch.Tensor:
+    output = output[0] if isinstance(output, tuple) else output
+    for name in ("latent_dist", "latents", "latent"):
+        output = getattr(output, name, output)
+    return output.mode() if hasattr(output, "mode") and not isinstance(output, torch.Tensor) else output
 
 
 class ModuleProxy:
@@ -207,8 +162,47 @@ class ModuleProxy:
         return self
 
 
-def _no_evaluation(*args, **kwargs) -> tuple[torch.Tensor]:
-    return (torch.zeros_like(args[0] if args else kwargs["hidden_states"]),)
+class _NoOutput(tuple):
+    """What a denoiser that is not evaluated returns, with or without `return_dict`."""
+
+    sample = property(lambda self: self[0])
+
+
+def _no_evaluation(*args, **kwargs) -> _NoOutput:
+    given = next(
+        (kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), args[0] if args else None
+    )
+    if isinstance(given, list):
+        return _NoOutput(([torch.zeros_like(entry) for entry in given],))
+    return _NoOutput((torch.zeros_like(given),))
+
+
+def _no_control(*args, **kwargs) -> tuple[tuple, None]:
+    return (), None
+
+
+def _has_tensor(value: Any) -> bool:
+    found = []
+    each(lambda entry: found.append(isinstance(entry, torch.Tensor)), value)
+    return any(found)
+
+
+def _lacks_mask(one: Any, both: Any) -> bool:
+    """Whether outputs for one prompt have no mask where those for two have one."""
+    return isinstance(one, tuple) and any(
+        a is None and isinstance(b, torch.Tensor) for a, b in zip(one, both, strict=True)
+    )
+
+
+def _with_masks(value: Any) -> Any:
+    """Outputs in which a missing mask, the pipeline's way to say that all tokens count, is one of ones."""
+    if not isinstance(value, tuple):
+        return value
+    filled = list(value)
+    for j, (embeds, mask) in enumerate(zip(value, value[1:], strict=False), 1):
+        if mask is None and isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
+            filled[j] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return tuple(filled)
 
 
 def _runner_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
@@ -223,21 +217,24 @@ class PipelinePolicy:
 
     No denoising loop is copied: each method runs the pipeline's **own** `__call__` on a shallow copy of the pipeline
     whose scheduler is a stand-in, and takes what it needs when the pipeline calls `scheduler.step`. Guidance, packing,
-    shifts, embeddings and decoding are therefore the pipeline's, in sampling and in training alike. (A safety checker, as
-    Stable Diffusion 1.x has one, is left out.)
+    shifts, embeddings and decoding are therefore the pipeline's, in sampling and in training alike. What its methods
+    compute of prompts and images before the loop is recorded once (`encode`) and given back in later calls. (A safety
+    checker, as Stable Diffusion 1.x has one, is left out, and conditions that a VAE encodes are its mode, not a sample.)
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]):
-            Pipeline of a class in `PIPELINE_FAMILIES`, or of a subclass of one. It is never modified.
+            Pipeline of any class with one denoiser, whose loop calls `scheduler.step` once a step. It is never modified.
         guidance_scale (`float`, *optional*):
-            Strength of guidance, passed to the pipeline under its own name for it. If not set, the pipeline's default.
+            Strength of classifier-free guidance, passed to the pipeline under its own name for it. If not set, the
+            pipeline's default.
         negative_prompt (`str`, *optional*):
             Negative prompt for guidance. If not set, what the pipeline takes by itself (for pipelines that would leave
             guidance out without one: the empty prompt).
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Whether the text encoders wait on the CPU except while they encode.
         **call_kwargs:
-            Further arguments of the pipeline's `__call__`, for example `height`, `width`, `max_sequence_length`.
+            Further arguments of the pipeline's `__call__`, for example `height`, `width`, `max_sequence_length`,
+            `strength`.
 
     Attributes:
         forward (`Callable`):
@@ -247,8 +244,8 @@ class PipelinePolicy:
             two passes through the denoiser).
 
     Raises:
-        ValueError: if the pipeline class is unknown (the message says what to add), has two denoisers, or an argument
-            in `call_kwargs` is not an argument of its `__call__` or is one that the policy sets itself.
+        ValueError: if the pipeline has two denoisers or none, or an argument in `call_kwargs` is not an argument of its
+            `__call__` or is one that the policy sets itself.
 
     Example:
 
@@ -271,43 +268,56 @@ class PipelinePolicy:
         offload_text_encoders: bool = False,
         **call_kwargs: Any,
     ):
-        names = [cls.__name__ for cls in type(pipe).__mro__]
-        self.family = next((PIPELINE_FAMILIES[name] for name in names if name in PIPELINE_FAMILIES), None)
-        if self.family is None:
+        name = type(pipe).__name__
+        self.pipe = pipe
+        denoisers = [part for part in ("transformer", "unet") if getattr(pipe, part, None) is not None]
+        if not denoisers or getattr(pipe, "scheduler", None) is None:
             raise ValueError(
-                f"`pipe` is a `{names[0]}`, which is not one of {sorted(PIPELINE_FAMILIES)}. To add it, say which "
-                "argument of its `__call__` takes each output of its `encode_prompt`: "
-                f"`flow_trl.policy.PIPELINE_FAMILIES[{names[0]!r}] = PipelineFamily(outputs=('prompt_embeds', ...))`."
+                f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
             )
         if getattr(pipe, "transformer_2", None) is not None:
             raise ValueError(
-                f"`pipe` ({names[0]}) has two denoisers, `transformer` and `transformer_2`; a policy has one. Load it "
+                f"`pipe` ({name}) has two denoisers, `transformer` and `transformer_2`; a policy has one. Load it "
                 "with `transformer_2=None, boundary_ratio=None`."
             )
-        if guidance_scale is not None and self.family.guidance in call_kwargs:
+        self.denoiser_name = denoisers[0]
+        self._call_function = inspect.unwrap(type(pipe).__call__)
+        parameters = inspect.signature(self._call_function).parameters
+        self._call_defaults = {key: parameter.default for key, parameter in parameters.items()}
+        if "prompt" not in self._call_defaults:
+            raise ValueError(f"`pipe` ({name}) takes no `prompt`.")
+        own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
+        if guidance_scale is not None and own not in self._call_defaults:
             raise ValueError(
-                f"`guidance_scale={guidance_scale}` is what `{names[0]}` calls `{self.family.guidance}`, and "
-                f"`{self.family.guidance}={call_kwargs[self.family.guidance]!r}` is given too: leave one of them out."
+                f"`guidance_scale={guidance_scale}` is not an argument of `{name}.__call__`: leave it out, and set what the "
+                "pipeline has instead in its keyword arguments or its components."
             )
-        self.pipe = pipe
-        self.denoiser_name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+        if guidance_scale is not None and own in call_kwargs:
+            raise ValueError(
+                f"`guidance_scale={guidance_scale}` is what `{name}` calls `{own}`, and `{own}={call_kwargs[own]!r}` is given "
+                "too: leave one of them out."
+            )
+        if negative_prompt is not None and "negative_prompt" not in self._call_defaults:
+            raise ValueError(
+                f"`negative_prompt={negative_prompt!r}` is not an argument of `{name}.__call__`: leave it out."
+            )
         self.negative_prompt = negative_prompt
         self.offload_text_encoders = offload_text_encoders
         self.call_kwargs = dict(call_kwargs)
         if guidance_scale is not None:
-            self.call_kwargs[self.family.guidance] = guidance_scale
-        self._runner_class = _runner_class(type(pipe))
-        self._call_function = inspect.unwrap(type(pipe).__call__)
-        self._call_defaults = {
-            name: parameter.default for name, parameter in inspect.signature(self._call_function).parameters.items()
-        }
-        for name in call_kwargs:
-            if name not in self._call_defaults or name in _RESERVED or name.endswith(("_embeds", "_mask")):
-                reason = "is set by the policy" if name in self._call_defaults else "is unknown to the pipeline"
+            self.call_kwargs[own] = guidance_scale
+        for key, value in call_kwargs.items():
+            if key not in self._call_defaults or key in _RESERVED or key.endswith(("_embeds", "_mask")):
+                reason = "is set by the policy" if key in self._call_defaults else "is unknown to the pipeline"
                 raise ValueError(
-                    f"`{name}={call_kwargs[name]!r}` cannot be passed on to `{names[0]}.__call__`: it {reason}. "
+                    f"`{key}={value!r}` cannot be passed on to `{name}.__call__`: it {reason}. "
                     "Remove it from the pipeline's keyword arguments."
                 )
+        self._runner_class = _runner_class(type(pipe))
+        self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
+        self._rows: tuple[Any, tuple[str, ...], bool] | None = None  # layout, methods, whether masks are filled in
+        self._lengths_differ = False
+        self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
         self.forward = self.denoiser
         self.evaluations = 0
 
@@ -326,18 +336,17 @@ class PipelinePolicy:
         """Whether samples have more than one frame."""
         return self.call_kwargs.get("num_frames", self._call_defaults.get("num_frames", 1)) != 1
 
-    @property
-    def _is_guided(self) -> bool:
-        """Whether the pipeline needs an embedding of the negative prompt."""
-        name = self.family.negative_if
-        return self.call_kwargs.get(name, self._call_defaults[name]) > 1
+    def columns(self, names: list[str]) -> list[str]:
+        """Those of a data set's columns that the pipeline's `__call__` takes for each prompt, in addition to it."""
+        return [
+            name for name in COLUMNS if name in names and name in self._call_defaults and name not in self.call_kwargs
+        ]
 
-    def _negative_prompts(self, count: int) -> list[str] | None:
-        """Negative prompts as the pipeline takes them; the empty one for those that would leave guidance out."""
-        joint = "do_classifier_free_guidance" in inspect.signature(self.pipe.encode_prompt).parameters
-        if self.negative_prompt is None and (joint or not self._is_guided):
-            return None
-        return [self.negative_prompt or ""] * count
+    def _texts(self, prompts: list[str]) -> dict[str, list[str]]:
+        """Prompts and negative prompts; the empty one for pipelines that would leave guidance out without one."""
+        true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
+        negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
+        return {"prompt": prompts} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
 
     @contextmanager
     def _text_encoders(self):
@@ -356,52 +365,203 @@ class PipelinePolicy:
             for encoder in encoders:
                 encoder.to("cpu")
 
-    def _runner(self, device: torch.device, **attributes: Any) -> DiffusionPipeline:
+    def _runner(self, around: Callable[[str, Callable], Callable], scheduler: Any) -> DiffusionPipeline:
+        """A shallow copy of the pipeline, for one call, with `around(name, method)` for each method that is recorded."""
         runner = copy.copy(self.pipe)
         runner.__class__ = self._runner_class
-        runner.__dict__.update(attributes, _policy_device=device)
+        attributes = {"scheduler": scheduler, "_policy_device": self.device, "_progress_bar_config": {"disable": True}}
+        # A checker would black out what the policy made, noisy latents above all.
+        runner.__dict__.update(attributes, safety_checker=None)
+        for name in self._recorded:
+            runner.__dict__[name] = around(name, getattr(runner, name))
+        for part in [part for part in vars(self.pipe) if part.endswith("_processor")]:
+            processor = copy.copy(getattr(self.pipe, part))
+            for name in filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)):
+                processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
+            runner.__dict__[part] = processor
+        vae = getattr(self.pipe, "vae", None)
+        if hasattr(vae, "encode"):
+            runner.__dict__["vae"] = copied = copy.copy(vae)
+            encode = around("vae.encode", lambda *args, **kwargs: _mode(vae.encode(*args, **kwargs)))
+            copied.__dict__["encode"] = lambda *args, **kwargs: _Encoded(encode(*args, **kwargs))
         return runner
 
+    def _given(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """What is given for one prompt, paths as images."""
+        return {
+            name: each(lambda v: load_image(v) if isinstance(v, str) else v, value) for name, value in columns.items()
+        }
+
+    def _record(self, prompts: list[str], given: dict[str, Any]) -> tuple[tuple[str, ...], list]:
+        """What the pipeline's methods return before the first step: their names, and their outputs."""
+        names, outputs, depth = [], [], 0
+
+        def around(name: str, method: Callable) -> Callable:
+            def recorded(*args, **kwargs):
+                nonlocal depth
+                depth += 1
+                try:
+                    output = method(*args, **kwargs)
+                finally:
+                    depth -= 1
+                if depth == 0 and _has_tensor(output):
+                    names.append(name)
+                    outputs.append(self._without_latents(output) if name == "prepare_latents" else output)
+                return output
+
+            return recorded
+
+        def reached(*args):
+            raise _StepReached
+
+        generator = [sample_generator("conditions") for _ in prompts]
+        runner = self._runner(around, _StandIn.of(self.pipe.scheduler, reached))
+        with self._text_encoders():
+            self._call(runner, prompts, given, num_inference_steps=2, generator=generator)
+        return tuple(names), outputs
+
+    @staticmethod
+    def _without_latents(output: Any) -> Any:
+        """What `prepare_latents` returns, its latents without entries: their data type and device are wanted."""
+        if isinstance(output, torch.Tensor):
+            return output.new_empty(0)
+        return (output[0].new_empty(0), *output[1:])
+
+    def _find_rows(self, prompt: str, given: dict[str, Any]) -> None:
+        """Finds out how what is recorded depends on the prompts, from a prompt, a longer one, and both in one call."""
+        longer = prompt + 20 * " a"
+        (names, first), (_, second) = self._record([prompt], given), self._record([longer], given)
+        filled, layout = False, None
+        try:
+            both_names, both = self._record([prompt, longer], given)
+            if both_names == names:
+                filled = any(map(_lacks_mask, first, both))
+                if filled:
+                    first, second, both = ([_with_masks(v) for v in values] for values in (first, second, both))
+                layout = find_layout(first, second, both)
+                layout = {i: pad_where_masked(layout[i], first[i], second[i]) for i in layout}
+                check_order(layout, first, second, both)
+        except (NoRows, ValueError, RuntimeError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+            layout = None
+            logger.warning(
+                "%s cannot make a batch of different prompts (%s): its denoiser is evaluated for one sample at a time.",
+                type(self.pipe).__name__, error or "what it computes of two is not what it computes of each",
+            )  # fmt: skip
+        shapes = [[tuple(v.shape) for v in _tensors(value)] for value in (first, second)]
+        self._rows, self._lengths_differ = (layout, names, filled), shapes[0] != shapes[1]
+
+    def encodes_in_batches(self, prompts: list[str]) -> bool:
+        """Whether what is computed of a prompt does not depend on the others in its call."""
+        if self._rows is None and self.columns:
+            self._find_rows(prompts[0], {})
+        return self._rows[0] is not None and not self._lengths_differ
+
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], **columns: list) -> Conditioning:
         """
-        Embeds prompts with the pipeline's own `encode_prompt`.
+        What the pipeline computes of prompts before it samples, by its own methods (`encode_prompt` and the like).
 
         Args:
             prompts (`list[str]`):
                 N prompts.
+            **columns (`list`):
+                N entries for further arguments of the pipeline's `__call__`, such as `image`: each a `PIL.Image.Image`, a
+                path, or a list of them.
 
         Returns:
             [`Conditioning`] of length N.
         """
-        prompts, runner = list(prompts), self._runner(self.device)
-        parameters = inspect.signature(runner.encode_prompt).parameters
-        # What some classes require, and what changes the embedding.
-        kwargs = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
-        kwargs |= {
-            name: self.call_kwargs.get(name, self._call_defaults[name])
-            for name in ("max_sequence_length", "clip_skip")
-            if name in self._call_defaults
-        }
-        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
-        joint, negative = "do_classifier_free_guidance" in parameters, self._negative_prompts(len(prompts))
-        if joint:
-            kwargs.update(do_classifier_free_guidance=self._is_guided, negative_prompt=negative)
+        prompts = list(prompts)
+        given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
+        if self._rows is None and prompts:
+            self._find_rows(prompts[0], given[0])
+        calls = [(prompts, {})]
+        if columns or self._rows[0] is None or (self._lengths_differ and not has_padding(self._rows[0])):
+            calls = [([prompt], values) for prompt, values in zip(prompts, given, strict=True)]
+        rows = []
+        for texts, values in calls:
+            layout, expected, filled = self._rows
+            names, outputs = self._record(texts, values)
+            if filled:
+                outputs = [_with_masks(output) for output in outputs]
+            rows += split_rows(layout if names == expected else None, names, outputs, texts, values)
+        return Conditioning(rows)
 
-        def encode(texts, prefix=""):
-            outputs = runner.encode_prompt(prompt=texts, device=self.device, **kwargs)
-            named = {prefix + name: value for name, value in zip(self.family.outputs, outputs, strict=True) if name}
-            for name, value in named.items():
-                embeds = named.get(name.removesuffix("_mask"))
-                if value is None and embeds is not None:  # the pipeline's way to say that all tokens count
-                    named[name] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            return named
+    def _run(
+        self,
+        conditioning: Conditioning,
+        scheduler: Callable[[list[int]], _StandIn],
+        latents: torch.Tensor | None = None,
+        *,
+        evaluates: Callable[[], bool] = lambda: False,
+        grad: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[list[int], Any]]:
+        """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
+        results = []
+        for batch in conditioning.batches:
+            index = batch.index
+            recorded = defaultdict(list)
+            for name, output in batch.recorded:
+                recorded[name].append(output)
+            pending = {name: iter(outputs) for name, outputs in recorded.items()}
+            depth = 0
 
-        with self._text_encoders():
-            arguments = encode(prompts)
-            if self._is_guided and not joint:
-                arguments |= encode(negative, prefix="negative_")
-        return Conditioning(arguments)
+            def around(name: str, method: Callable, pending=pending, index=index) -> Callable:
+                def given_back(*args, **kwargs):
+                    nonlocal depth
+                    known = None if depth else next(pending.get(name, iter(())), None)
+                    if known is not None and name != "prepare_latents":
+                        return known
+                    if known is not None and latents is not None:
+                        first = known if isinstance(known, torch.Tensor) else known[0]
+                        first = latents[index].to(first.device, first.dtype)
+                        return first if isinstance(known, torch.Tensor) else type(known)((first, *known[1:]))
+                    depth += 1
+                    try:
+                        output = method(*args, **kwargs)
+                    finally:
+                        depth -= 1
+                    if known is None or isinstance(known, torch.Tensor):
+                        return output
+                    return type(known)((output[0], *known[1:]))
+
+                return given_back
+
+            runner = self._runner(around, scheduler(index))
+            chosen = {
+                name: [value[i] for i in index] if isinstance(value, list) else value for name, value in kwargs.items()
+            }
+            results.append((index, self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen)))
+        return results
+
+    def _call(
+        self,
+        runner: DiffusionPipeline,
+        prompts: list[str],
+        given: dict[str, Any],
+        evaluates: Callable[[], bool] = lambda: False,
+        grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of a call, `None` if it ended at a step. Modules are evaluated in it while `evaluates()`."""
+
+        def switched(module: Callable, instead: Callable) -> Callable:
+            return lambda *args, **kwargs: (module if evaluates() else instead)(*args, **kwargs)
+
+        forward = self.forward if grad else self.denoiser
+        runner.__dict__[self.denoiser_name] = ModuleProxy(self.denoiser, switched(forward, _no_evaluation))
+        controlnet = getattr(self.pipe, "controlnet", None)
+        if controlnet is not None:
+            runner.__dict__["controlnet"] = copied = copy.copy(controlnet)
+            copied.__dict__["forward"] = switched(controlnet, _no_control)
+        with torch.set_grad_enabled(grad):
+            try:
+                return self._call_function(
+                    runner, **self._texts(prompts), **given, **self.call_kwargs, **kwargs, return_dict=False
+                )
+            except _StepReached:
+                return None
 
     def start(
         self,
@@ -416,27 +576,68 @@ class PipelinePolicy:
             prompts (`list[str]` or [`Conditioning`]):
                 N prompts, or what `encode` made of them.
             num_inference_steps (`int`):
-                Number T of denoising steps.
+                Number T of denoising steps that are run (a pipeline with `strength=0.5` is asked for twice as many).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the initial noise, as in diffusers: one for all, or one per prompt.
 
         Returns:
             [`Start`]: latents of shape `(N, ...)`, schedule of T steps, conditioning of length N.
+
+        Raises:
+            ValueError: if the pipeline's loop is not one of T steps that `scheduler.step` alone makes.
         """
         conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
-        stand_in = _StandIn(self.pipe.scheduler)
-        self._call(
-            stand_in, _no_evaluation, conditioning, num_inference_steps=num_inference_steps, generator=generator
+        starts = []
+
+        def scheduler(index: list[int]) -> _StandIn:
+            steps: list[torch.Tensor] = []
+
+            def on_step(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+                if not steps:
+                    starts.append((sample, steps, stand_in))
+                elif sample is not starts[-1][0] and not torch.equal(sample, starts[-1][0]):
+                    raise ValueError(self._refusal("changes latents after `scheduler.step`"))
+                steps.append(torch.as_tensor(timestep))
+                return sample
+
+            stand_in = _StandIn.of(self.pipe.scheduler, on_step)
+            return stand_in
+
+        asked = self._steps_asked(num_inference_steps)
+        self._run(conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator)
+        schedules = []
+        for _, steps, stand_in in starts:
+            if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
+                raise ValueError(
+                    f"`pipe.scheduler` is a {type(self.pipe.scheduler).__name__}, which scales the denoiser's input by the "
+                    "step; a policy cannot. Set `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
+                )
+            if len(steps) != num_inference_steps:
+                raise ValueError(
+                    self._refusal(f"calls `scheduler.step` {len(steps)} times in {num_inference_steps} steps")
+                )
+            sigmas = getattr(stand_in, "sigmas", None)
+            if sigmas is not None:
+                sigmas = torch.as_tensor(sigmas).detach().float().cpu()[-num_inference_steps - 1 :]
+            schedules.append(Schedule(torch.stack(steps).to(self.device), sigmas))
+        if any(not torch.equal(schedule.timesteps, schedules[0].timesteps) for schedule in schedules):
+            raise ValueError("The images of a batch have different noise schedules: give them the same size.")
+        return Start(_in_places(conditioning, [start[0].float() for start in starts]), schedules[0], conditioning)
+
+    def _steps_asked(self, num_inference_steps: int) -> int:
+        """Argument of `__call__` with which the pipeline runs so many steps."""
+        strength = self.call_kwargs.get("strength", self._call_defaults.get("strength")) or 1.0
+        return next(
+            (
+                n
+                for n in range(num_inference_steps, 1000)
+                if n - int(max(n - min(n * strength, n), 0)) == num_inference_steps
+            ),
+            num_inference_steps,
         )
-        if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
-            raise ValueError(
-                f"`pipe.scheduler` is a {type(self.pipe.scheduler).__name__}, which scales the denoiser's input by the step; "
-                "a policy cannot. Set `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
-            )
-        sigmas = getattr(stand_in, "sigmas", None)
-        sigmas = None if sigmas is None else torch.as_tensor(sigmas).detach().float().cpu()
-        timesteps = stand_in.timesteps.to(self.device)
-        return Start(stand_in.sample.float(), Schedule(timesteps, sigmas), conditioning)
+
+    def _refusal(self, reason: str) -> str:
+        return f"`pipe` ({type(self.pipe).__name__}) cannot be a policy: with these arguments its loop {reason}."
 
     def predict(
         self,
@@ -449,6 +650,9 @@ class PipelinePolicy:
     ) -> torch.Tensor:
         """
         The model output that reaches the scheduler at one step, guidance included.
+
+        The pipeline's loop runs from its beginning, without evaluation up to that step, so everything that depends on the
+        place in the loop is as in sampling.
 
         Args:
             latents (`torch.Tensor` of shape `(N, ...)`):
@@ -465,14 +669,27 @@ class PipelinePolicy:
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
-        sigmas = None if schedule.sigmas is None else schedule.sigmas[step_index : step_index + 2]
-        stand_in = _StandIn(self.pipe.scheduler, Schedule(schedule.timesteps[step_index : step_index + 1], sigmas))
-        self._call(
-            stand_in, self.forward if grad else self.denoiser, conditioning, grad=grad, num_inference_steps=1,
-            latents=latents,
+        outputs, step = [], 0
+
+        def on_step(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            nonlocal step
+            if step == step_index:
+                outputs.append(model_output.float())
+                raise _StepReached
+            step += 1
+            return sample
+
+        def scheduler(index: list[int]) -> _StandIn:
+            nonlocal step
+            step = 0
+            return _StandIn.of(self.pipe.scheduler, on_step, schedule)
+
+        self._run(
+            conditioning, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
+            num_inference_steps=self._steps_asked(len(schedule.timesteps)),
         )  # fmt: skip
         self.evaluations += len(latents)
-        return stand_in.model_output.float()
+        return _in_places(conditioning, outputs)
 
     def decode(
         self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil"
@@ -493,21 +710,17 @@ class PipelinePolicy:
             (for `"uint8"`); for videos of more than one frame, a list of N lists, or `(N, frames, H, W, 3)`.
         """
         vae = getattr(self.pipe, "vae", None)
+        latents = latents.to(vae.device, vae.dtype) if vae else latents.to(self.device)
         schedule = Schedule(torch.zeros(1, device=self.device), torch.zeros(2))
-        stand_in = _StandIn(
-            self.pipe.scheduler,
-            schedule,
-            hand_back=latents.to(vae.device, vae.dtype) if vae else latents.to(self.device),
-        )
+
+        def scheduler(index: list[int]) -> _StandIn:
+            return _StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule)
+
         as_bytes = output_type in ("pil", "uint8")
-        output = self._call(
-            stand_in,
-            _no_evaluation,
-            conditioning,
-            num_inference_steps=1,
-            latents=latents,
-            output_type="pt" if as_bytes else output_type,
-        )[0]
+        results = self._run(
+            conditioning, scheduler, latents, num_inference_steps=2, output_type="pt" if as_bytes else output_type
+        )
+        output = _in_places(conditioning, [result[0] for _, result in results])
         if not as_bytes:
             return output
         # As `VaeImageProcessor` does it, but before the pixels leave the GPU.
@@ -522,6 +735,7 @@ class PipelinePolicy:
         prompts: list[str],
         num_inference_steps: int,
         ode_step: Callable[..., torch.Tensor],
+        **columns: list,
     ) -> float:
         """
         Compares samples of the policy with those of the pipeline itself, and two predictions of a step with each other.
@@ -533,6 +747,8 @@ class PipelinePolicy:
                 Number of denoising steps; costs twice as many evaluations, and two more.
             ode_step (`Callable`):
                 Deterministic step, as in [`~flow_trl.rollout.rollout`].
+            **columns (`list`):
+                As in [`PipelinePolicy.encode`].
 
         Returns:
             `float`: largest difference between final latents, in units of the pipeline's standard deviation.
@@ -540,12 +756,12 @@ class PipelinePolicy:
         Raises:
             ValueError: if there is a difference above rounding.
         """
-        prompts, before = list(dict.fromkeys(prompts))[:2], self.evaluations
-
-        def generators() -> list[torch.Generator]:
-            return [sample_generator("check", index) for index in range(len(prompts))]
-
-        latents, schedule, conditioning = self.start(prompts, num_inference_steps, generators())
+        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+        chosen = sorted(first.values())[:2]
+        prompts, before = [prompts[i] for i in chosen], self.evaluations
+        generators = [sample_generator("check", i) for i in chosen]
+        conditioning = self.encode(prompts, **{name: [column[i] for i in chosen] for name, column in columns.items()})
+        latents, schedule, _ = self.start(conditioning, num_inference_steps, generators)
         twice = [self.predict(latents, 0, conditioning, schedule) for _ in range(2)]
         name = type(self.pipe).__name__
         exact = next(self.denoiser.parameters()).dtype == torch.float32
@@ -563,15 +779,16 @@ class PipelinePolicy:
             latents = ode_step(output, latents, step, step + 1, schedule)
         self.evaluations = before
 
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        attributes = {"safety_checker": None, "_progress_bar_config": {"disable": True}}
-        runner = self._runner(self.device, scheduler=scheduler, **attributes)
-        negative = self._negative_prompts(len(prompts))
-        with self._text_encoders():
-            expected = runner(
-                prompt=prompts, negative_prompt=negative, num_inference_steps=num_inference_steps, generator=generators(),
-                output_type="latent", **self.call_kwargs,
-            )[0].float()  # fmt: skip
+        outputs = []
+        for batch in conditioning.batches:
+            runner = self._runner(lambda name, method: method, copy.deepcopy(self.pipe.scheduler))
+            with self._text_encoders():
+                outputs += runner(
+                    **self._texts(batch.prompts), **batch.given, **self.call_kwargs, output_type="latent",
+                    num_inference_steps=self._steps_asked(num_inference_steps),
+                    generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
+                )[:1]  # fmt: skip
+        expected = _in_places(conditioning, outputs).float()
         difference = math.inf
         if latents.shape == expected.shape:
             difference = ((latents - expected).abs().max() / expected.std()).item()
@@ -584,26 +801,23 @@ class PipelinePolicy:
             )
         return difference
 
-    def _call(self, stand_in: _StandIn, forward: Callable, conditioning: Conditioning, grad: bool = False, **kwargs):
-        device = self.device
-        runner = self._runner(
-            device,
-            scheduler=stand_in,
-            safety_checker=None,  # it would black out what the policy made, noisy latents above all
-            _progress_bar_config={"disable": True},
-            **{self.denoiser_name: ModuleProxy(self.denoiser, forward)},
-        )
-        if kwargs.get("latents") is not None:
-            kwargs["latents"] = kwargs["latents"].to(device)
-        embeddings = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in conditioning.arguments.items()
-        }
-        with torch.set_grad_enabled(grad):
-            try:
-                return self._call_function(runner, **embeddings, **self.call_kwargs, **kwargs, return_dict=False)
-            except _StepReached:
-                return None
+
+def _in_places(conditioning: Conditioning, parts: list) -> torch.Tensor | list:
+    """Rows of the batches of a conditioning, in its order."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [place for batch in conditioning.batches for place in batch.index]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)[order]
+    rows = [row for part in parts for row in part]
+    return [rows[i] for i in order]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    found = []
+    each(lambda entry: found.append(entry) if isinstance(entry, torch.Tensor) else None, value)
+    return found
 
 
 class ReferencePolicy:
@@ -636,78 +850,3 @@ class ReferencePolicy:
         finally:
             for layer in self._adapters:
                 layer._disable_adapters = False
-
-
-class PromptCache:
-    """
-    Embeds each prompt once. Embeddings wait on the CPU; the ones that were not used for the longest time go first.
-
-    What a prompt's embedding is does not depend on what was asked before: the prompts that are missing are embedded in
-    batches as large as the number of distinct prompts in the call (at most 64), filled up, or one by one where the length
-    of an embedding depends on its batch.
-
-    Args:
-        policy ([`PipelinePolicy`]):
-            The policy whose `encode` is used.
-        max_bytes (`int`, *optional*, defaults to 2 GiB):
-            Size from which on embeddings are dropped. Those of one call are always kept.
-
-    Example:
-
-    ```python
-    >>> cache = PromptCache(policy)
-    >>> conditioning = cache.encode(["a red circle", "a blue square"])  # on the CPU
-    >>> latents = policy.start(conditioning.on(policy.device, [0, 0, 1]), 10).latents
-    ```
-    """
-
-    def __init__(self, policy: PipelinePolicy, max_bytes: int = 2 * 2**30):
-        self.policy, self.max_bytes = policy, max_bytes
-        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """
-        Conditioning of prompts.
-
-        Args:
-            prompts (`list[str]`):
-                N prompts.
-
-        Returns:
-            [`Conditioning`] of length N, on the CPU.
-        """
-        distinct = list(dict.fromkeys(prompts))
-        missing = [prompt for prompt in distinct if prompt not in self._rows]
-        masked = any(name and name.endswith("_mask") for name in self.policy.family.outputs)
-        size = 1 if masked else min(len(distinct), 64)
-        for first in range(0, len(missing), size):
-            part = missing[first : first + size]
-            embedded = self.policy.encode(part + part[-1:] * (size - len(part)))
-            for i, prompt in enumerate(part):
-                row = embedded[[i]].arguments
-                self._rows[prompt] = Conditioning(
-                    {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-                )
-        for prompt in distinct:
-            self._rows.move_to_end(prompt)
-        rows = [self._rows[prompt].arguments for prompt in prompts]
-        total = sum(map(_num_bytes, self._rows.values()))
-        while total > self.max_bytes and len(self._rows) > len(distinct):
-            total -= _num_bytes(self._rows.popitem(last=False)[1])
-        return Conditioning({name: _joined([row[name] for row in rows]) for name in rows[0]})
-
-
-def _num_bytes(conditioning: Conditioning) -> int:
-    return sum(value.nbytes for value in conditioning.arguments.values() if isinstance(value, torch.Tensor))
-
-
-def _joined(values: list) -> torch.Tensor | list | None:
-    """Rows of one argument as one; where lengths differ, zeros follow (and a mask says so)."""
-    if isinstance(values[0], list):
-        return [entry for value in values for entry in value]
-    if not isinstance(values[0], torch.Tensor):
-        return values[0]
-    if len({value.shape for value in values}) > 1:
-        length = max(value.shape[1] for value in values)
-        values = [F.pad(v, [0, 0] * (v.ndim - 2) + [0, length - v.shape[1]]) for v in values]
-    return torch.cat(values)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from .policy import Conditioning, PipelinePolicy, Schedule
+from .conditioning import Conditioning
+from .policy import PipelinePolicy, Schedule
 from .transitions import Transition
 from .utils import to_device
 

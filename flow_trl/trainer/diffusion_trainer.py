@@ -23,7 +23,8 @@ from ..checkpoints import Checkpoints
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoiser
-from ..policy import Conditioning, ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
+from ..conditioning import Conditioning
+from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence

@@ -1,0 +1,381 @@
+"""What a pipeline computes of prompts and images before it samples: recorded once, then given back for any rows."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .utils import to_device
+
+
+if TYPE_CHECKING:
+    from .policy import PipelinePolicy
+
+
+class Leaf(NamedTuple):
+    """
+    How one tensor or list among a pipeline's outputs depends on the prompts of a call.
+
+    Args:
+        dim (`int`, *optional*): dimension of the rows (0 for a list); `None` for what all rows of a call share.
+        repeats (`int`): how many entries along it a row has, such as 2 for `[negative, positive]`; rows vary faster.
+        padded (`bool`): whether rows of different lengths may be filled up with zeros, because a mask says so.
+    """
+
+    dim: int | None
+    repeats: int = 1
+    padded: bool = False
+
+
+SHARED = Leaf(None)
+
+
+class NoRows(Exception):
+    """The outputs for two prompts are not those for one and those for the other."""
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and entries of a container."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list | tuple) else None
+
+
+def _map(function: Callable, layout: Any, *values: Any) -> Any:
+    """Applies `function(leaf, *values)` at each leaf of a layout, in containers as those of the first value."""
+    if isinstance(layout, Leaf):
+        return function(layout, *values)
+    mapped = {key: _map(function, part, *(value[key] for value in values)) for key, part in layout.items()}
+    return mapped if isinstance(values[0], dict) else type(values[0])(mapped.values())
+
+
+def find_layout(first: Any, second: Any, both: Any) -> Any:
+    """
+    Where the rows are in what a pipeline computed.
+
+    Args:
+        first, second (`Any`):
+            Outputs for one prompt and for another one: tensors and anything else, in tuples, lists and dicts.
+        both (`Any`):
+            Outputs for the two in one call.
+
+    Returns:
+        A [`Leaf`], or a dict of layouts with the keys or indices of the container.
+
+    Raises:
+        NoRows: if `both` does not consist of `first` and `second`.
+    """
+    if isinstance(both, torch.Tensor):
+        if not isinstance(first, torch.Tensor) or not first.ndim == second.ndim == both.ndim:
+            raise NoRows
+        sizes = list(zip(first.shape, second.shape, both.shape, strict=True))
+        dims = [d for d, (a, b, c) in enumerate(sizes) if 0 < a == b and c == 2 * a]
+        dim = dims[0] if dims else None
+        if any(c != max(a, b) for d, (a, b, c) in enumerate(sizes) if d != dim):
+            raise NoRows
+        return Leaf(dim, first.shape[dim]) if dims else SHARED
+    entries = _entries(both)
+    if entries is None:
+        return SHARED
+    if type(first) is type(both) and isinstance(both, list) and len(both) == 2 * len(first) == 2 * len(second) > 0:
+        return Leaf(0, len(first))
+    if type(first) is not type(both) or not len(first) == len(second) == len(both):
+        raise NoRows
+    return {key: find_layout(first[key], second[key], value) for key, value in entries}
+
+
+def pad_where_masked(layout: Any, first: Any, second: Any) -> Any:
+    """The layout of one method's outputs, in which rows of different lengths are filled up if there is a mask of them."""
+    differing = []
+    _map(lambda leaf, a, b: differing.append(a) if _differ(a, b) else None, layout, first, second)
+    if not any(value.ndim == 2 for value in differing):
+        return layout
+    return _padded(layout, first, second)
+
+
+def _padded(layout: Any, first: Any, second: Any) -> Any:
+    if isinstance(layout, Leaf):
+        return layout._replace(padded=_differ(first, second))
+    return {key: _padded(part, first[key], second[key]) for key, part in layout.items()}
+
+
+def has_padding(layout: Any) -> bool:
+    """Whether rows of different lengths can be in one call."""
+    return layout.padded if isinstance(layout, Leaf) else any(map(has_padding, layout.values()))
+
+
+def _differ(first: Any, second: Any) -> bool:
+    return isinstance(first, torch.Tensor) and first.shape != second.shape
+
+
+def check_order(layout: Any, first: list, second: list, both: list) -> None:
+    """
+    Checks that two rows put together are in the pipeline's order.
+
+    Raises:
+        NoRows: if they are not.
+    """
+
+    def check(leaf: Leaf, a: Any, b: Any, c: Any) -> None:
+        if leaf.repeats > 1 and isinstance(c, torch.Tensor) and c.is_floating_point() and a.shape == b.shape:
+            if (_joined(leaf, a, b) - c).abs().mean() > 0.1 * c.abs().mean():
+                raise NoRows
+
+    _map(check, layout, first, second, both)
+
+
+def _row_of(index: int, size: int) -> Callable[[Leaf, Any], Any]:
+    """A row of a leaf with `size` rows, on its own memory."""
+
+    def row(leaf: Leaf, value: Any) -> Any:
+        if leaf.dim is None:
+            return value
+        if isinstance(value, list):
+            return value[index::size]
+        return value.unflatten(leaf.dim, (leaf.repeats, size)).select(leaf.dim + 1, index).clone()
+
+    return row
+
+
+def _joined(leaf: Leaf, *values: Any) -> Any:
+    if leaf.dim is None or len(values) == 1:
+        return values[0]
+    if isinstance(values[0], list):
+        return [value[k] for k in range(leaf.repeats) for value in values]
+    if leaf.padded:
+        shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+        values = [
+            F.pad(value, [n for d in reversed(range(value.ndim)) for n in (0, shape[d] - value.shape[d])])
+            for value in values
+        ]
+    return torch.stack(values, leaf.dim + 1).flatten(leaf.dim, leaf.dim + 1)
+
+
+def _kind(leaf: Leaf, value: Any) -> Any:
+    """What rows must have in common to be in one call."""
+    if leaf.dim is not None:
+        if isinstance(value, list) or leaf.padded:
+            return None
+        return tuple(value.shape)
+    if isinstance(value, torch.Tensor):
+        content = (
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        )
+        return tuple(value.shape), str(value.dtype), hashlib.blake2b(content, digest_size=16).digest()
+    return digest(value) if isinstance(value, Image.Image) else None
+
+
+def digest(value: Any) -> Any:
+    """A key for what may be given for a row: images by their pixels, lists by their entries."""
+    if isinstance(value, Image.Image):
+        return value.mode, value.size, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+    if isinstance(value, list | tuple):
+        return tuple(map(digest, value))
+    return value
+
+
+def each(function: Callable, value: Any) -> Any:
+    """Applies a function to whatever is not a container."""
+    entries = _entries(value)
+    if entries is None:
+        return function(value)
+    mapped = {key: each(function, entry) for key, entry in entries}
+    return mapped if isinstance(value, dict) else type(value)(mapped.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """
+    What a pipeline computed of one prompt.
+
+    Args:
+        prompt (`str`): the prompt.
+        given (`dict[str, Any]`): further arguments of the pipeline's `__call__`, such as `image`.
+        layout (`Any`): see [`find_layout`]; `None` if a call can have this row alone.
+        names (`tuple[str, ...]`): the pipeline's methods that computed something, in the order of their calls.
+        outputs (`list`): what they returned.
+    """
+
+    prompt: str
+    given: dict[str, Any]
+    layout: Any
+    names: tuple[str, ...]
+    outputs: list[Any]
+
+    @cached_property
+    def kind(self) -> Any:
+        """Rows with the same kind can be in one call."""
+        if self.layout is None:
+            return id(self)
+        kinds = []
+        _map(lambda leaf, value: kinds.append(_kind(leaf, value)), self.layout, self.outputs)
+        return self.names, tuple(kinds)
+
+    def on(self, device: torch.device) -> "Row":
+        """The row on a device."""
+        outputs = each(lambda v: to_device(v, device) if isinstance(v, torch.Tensor) else v, self.outputs)
+        row = Row(self.prompt, self.given, self.layout, self.names, outputs)
+        if self.layout is not None:
+            row.__dict__["kind"] = self.kind
+        return row
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        sizes = []
+        each(lambda value: sizes.append(value.nbytes) if isinstance(value, torch.Tensor) else None, self.outputs)
+        return sum(sizes)
+
+
+class Batch(NamedTuple):
+    """
+    Rows that can be in one call of the pipeline.
+
+    Args:
+        index (`list[int]`): their places in the conditioning.
+        prompts (`list[str]`): their prompts.
+        given (`dict[str, Any]`): further arguments of the call.
+        recorded (`list[tuple[str, Any]]`): what each method of the pipeline returns, with its name.
+    """
+
+    index: list[int]
+    prompts: list[str]
+    given: dict[str, Any]
+    recorded: list[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """
+    Everything that a pipeline computed of some prompts before it samples, selectable by row.
+
+    Args:
+        rows (`list[Row]`):
+            What it computed of each.
+
+    Example:
+
+    ```python
+    >>> conditioning = policy.encode(["a red circle", "a blue square"])
+    >>> len(conditioning[[0, 0, 1]])  # any subset or repetition
+    3
+    ```
+    """
+
+    rows: list[Row] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: list[int] | torch.Tensor | slice) -> "Conditioning":
+        return Conditioning([self.rows[row] for row in torch.arange(len(self))[index].tolist()])
+
+    def on(self, device: torch.device, rows: list[int]) -> "Conditioning":
+        """
+        The conditioning of some rows, on a device to which each distinct row goes once.
+
+        Args:
+            device (`torch.device`):
+                The device.
+            rows (`list[int]`):
+                n indices of rows, in any order, with or without repetition.
+
+        Returns:
+            [`Conditioning`] of length n.
+        """
+        moved = {row: self.rows[row].on(device) for row in dict.fromkeys(rows)}
+        return Conditioning([moved[row] for row in rows])
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The calls that these rows need: one, unless the pipeline's conditions of some cannot be in one batch."""
+        places: dict[Any, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            places.setdefault(row.kind if row.layout is not None else (row.kind, place), []).append(place)
+        batches = []
+        for index in places.values():
+            rows = [self.rows[place] for place in index]
+            outputs = rows[0].outputs
+            if len(rows) > 1:
+                outputs = _map(_joined, rows[0].layout, *(row.outputs for row in rows))
+            recorded = list(zip(rows[0].names, outputs, strict=True))
+            batches.append(Batch(index, [row.prompt for row in rows], rows[0].given, recorded))
+        return batches
+
+
+def split_rows(layout: Any, names: tuple[str, ...], outputs: list, prompts: list[str], given: dict) -> list[Row]:
+    """The rows of what one call computed of several prompts."""
+    if layout is None or len(prompts) == 1:
+        return [Row(prompts[0], given, layout, names, outputs)]
+    size = len(prompts)
+    return [
+        Row(prompt, given, layout, names, _map(_row_of(index, size), layout, outputs))
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+class PromptCache:
+    """
+    Conditioning of prompts, each computed once. It waits on the CPU; what was not used for the longest time goes first.
+
+    What is computed of a prompt does not depend on what was asked before: the prompts that are missing are embedded in
+    batches as large as the number of distinct prompts in the call (at most 64), filled up, or one by one where the length
+    of an embedding depends on its batch, or where each has an image.
+
+    Args:
+        policy ([`PipelinePolicy`]):
+            The policy whose `encode` is used.
+        max_bytes (`int`, *optional*, defaults to 2 GiB):
+            Size from which on rows are dropped. Those of one call are always kept.
+
+    Example:
+
+    ```python
+    >>> cache = PromptCache(policy)
+    >>> conditioning = cache.encode(["a red circle", "a blue square"])  # on the CPU
+    >>> latents = policy.start(conditioning.on(policy.device, [0, 0, 1]), 10).latents
+    ```
+    """
+
+    def __init__(self, policy: "PipelinePolicy", max_bytes: int = 2 * 2**30):
+        self.policy, self.max_bytes = policy, max_bytes
+        self._rows: OrderedDict[Any, Row] = OrderedDict()
+        self._size = 0
+
+    def encode(self, prompts: list[str], **columns: list) -> Conditioning:
+        """
+        Conditioning of prompts.
+
+        Args:
+            prompts (`list[str]`):
+                N prompts.
+            **columns (`list`):
+                As in [`PipelinePolicy.encode`].
+
+        Returns:
+            [`Conditioning`] of length N, on the CPU.
+        """
+        keys = [(p, *(digest(column[i]) for column in columns.values())) for i, p in enumerate(prompts)]
+        distinct = {key: i for i, key in enumerate(keys)}
+        missing = [i for key, i in distinct.items() if key not in self._rows]
+        size = min(len(distinct), 64) if missing and not columns and self.policy.encodes_in_batches(prompts) else 1
+        for first in range(0, len(missing), size):
+            part = missing[first : first + size]
+            filled = part + part[-1:] * (size - len(part))
+            given = {name: [column[i] for i in filled] for name, column in columns.items()}
+            embedded = self.policy.encode([prompts[i] for i in filled], **given)
+            for i, row in zip(part, embedded.rows, strict=False):
+                self._rows[keys[i]] = row.on(torch.device("cpu"))
+                self._size += self._rows[keys[i]].nbytes
+        for key in distinct:
+            self._rows.move_to_end(key)
+        rows = [self._rows[key] for key in keys]
+        while self._size > self.max_bytes and len(self._rows) > len(distinct):
+            self._size -= self._rows.popitem(last=False)[1].nbytes
+        return Conditioning(rows)
