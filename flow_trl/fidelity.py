@@ -21,8 +21,8 @@ from .utils import import_extra, sample_generator
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .generation import Chunk, Sampled
     from .conditioning import Conditioning
+    from .generation import Chunk, Sampled
     from .trainer.tp_grpo_trainer import TPGRPOTrainer
 
 

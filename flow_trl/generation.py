@@ -375,16 +375,19 @@ class Sampler:
             The reward functions.
         overlap (`bool`, *optional*, defaults to `True`):
             See [`stream`].
+        columns (`list[str]`, *optional*):
+            Columns of the data set, beside `prompt`, that the pipeline is given for each prompt.
     """
 
-    def __init__(self, policy: PipelinePolicy, scorer: Scorer, overlap: bool = True):
-        self.policy, self.scorer, self.overlap = policy, scorer, overlap
+    def __init__(self, policy: PipelinePolicy, scorer: Scorer, overlap: bool = True, columns: list[str] | None = None):
+        self.policy, self.scorer, self.overlap, self.columns = policy, scorer, overlap, columns or []
         self._prompts = PromptCache(policy)
 
     def encode(self, dataset: datasets.Dataset, rows: list[int]) -> tuple[Conditioning, list[int]]:
         """Conditioning of the distinct rows of a data set, on the CPU, and the index of each of `rows` in it."""
         distinct = {row: index for index, row in enumerate(dict.fromkeys(rows))}
-        return self._prompts.encode(dataset[list(distinct)]["prompt"]), [distinct[row] for row in rows]
+        examples = dataset.select_columns(["prompt", *self.columns])[list(distinct)]
+        return self._prompts.encode(examples.pop("prompt"), **examples), [distinct[row] for row in rows]
 
     def __call__(
         self,

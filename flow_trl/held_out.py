@@ -2,14 +2,17 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
 import torch
+from diffusers.utils import load_image
+from PIL import Image
 
 from .callbacks import log_image, save_image_grid
-from .generation import Chunk
 from .conditioning import Conditioning
+from .generation import Chunk
 from .rollout import Trajectory, rollout
 from .utils import sample_generator, to_pil
 
@@ -75,24 +78,33 @@ class Evaluations:
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self._save_images(sampled.images, metric_key_prefix)
+        self._save_images(sampled.images, metric_key_prefix, eval_dataset, rows)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_images(self, images: list, name: str) -> None:
+    def _save_images(self, images: list, name: str, dataset: datasets.Dataset, rows: list[int]) -> None:
+        """A grid of images, each after the one that its prompt came with, if there is one."""
         if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
             return
         images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
+        if self._sampler.columns and isinstance(images[0], Image.Image):
+            inputs = dataset[rows[: len(images)]][self._sampler.columns[0]]
+            images = [shown for pair in zip(inputs, images, strict=True) for shown in (_shown(*pair), pair[1])]
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
         video = path.with_suffix(".gif") if isinstance(images[0], list) else None
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, video)
 
-    def _save_completions(self, images: list, table: dict[str, list]) -> None:
+    def _save_completions(self, images: list, table: dict[str, list], rows: list[int]) -> None:
         """A grid of training images, and a table of all images of their generation."""
-        self._save_images(images, "train")
+        self._save_images(images, "train", self.train_dataset, rows)
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / "completions"
             folder.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+
+
+def _shown(given: Any, image: Image.Image) -> Image.Image:
+    """What a prompt came with (the first image of several), in the size of another image."""
+    return load_image(given[0] if isinstance(given, list) else given).convert("RGB").resize(image.size)

@@ -17,7 +17,16 @@ from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .conditioning import Conditioning, NoRows, check_order, each, find_layout, has_padding, pad_where_masked, split_rows
+from .conditioning import (
+    Conditioning,
+    NoRows,
+    check_order,
+    each,
+    find_layout,
+    has_padding,
+    pad_where_masked,
+    split_rows,
+)
 from .utils import sample_generator, to_pil
 
 
@@ -284,8 +293,13 @@ class PipelinePolicy:
         self._call_function = inspect.unwrap(type(pipe).__call__)
         parameters = inspect.signature(self._call_function).parameters
         self._call_defaults = {key: parameter.default for key, parameter in parameters.items()}
-        if "prompt" not in self._call_defaults:
-            raise ValueError(f"`pipe` ({name}) takes no `prompt`.")
+        needed = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
+        missing = [key for key in needed if key not in self._call_defaults]
+        if missing:
+            raise ValueError(
+                f"`pipe` ({name}) cannot be a policy: its `__call__` does not take {missing}. Use a pipeline from a text to "
+                "images or videos, with diffusers' usual arguments."
+            )
         own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
         if guidance_scale is not None and own not in self._call_defaults:
             raise ValueError(
@@ -336,11 +350,37 @@ class PipelinePolicy:
         """Whether samples have more than one frame."""
         return self.call_kwargs.get("num_frames", self._call_defaults.get("num_frames", 1)) != 1
 
-    def columns(self, names: list[str]) -> list[str]:
-        """Those of a data set's columns that the pipeline's `__call__` takes for each prompt, in addition to it."""
-        return [
-            name for name in COLUMNS if name in names and name in self._call_defaults and name not in self.call_kwargs
-        ]
+    def columns(self, wanted: list[str] | None, names: dict[str, list[str]]) -> list[str]:
+        """
+        Columns of data sets that the pipeline's `__call__` takes for each prompt, in addition to it.
+
+        Args:
+            wanted (`list[str]`, *optional*):
+                The columns. If not set, those of `COLUMNS` that the call takes and all data sets have.
+            names (`dict[str, list[str]]`):
+                Names of the columns of each data set, by what it is called.
+
+        Returns:
+            `list[str]`
+
+        Raises:
+            ValueError: if one is missing in a data set or is not an argument of the call.
+        """
+        if wanted is None:
+            free = [name for name in COLUMNS if name in self._call_defaults and name not in self.call_kwargs]
+            return [name for name in free if all(name in columns for columns in names.values()) and names]
+        for column in wanted:
+            if column not in self._call_defaults or column in _RESERVED | set(self.call_kwargs):
+                raise ValueError(
+                    f"`pipeline_columns={wanted}`: `{column}` is not an argument of `{type(self.pipe).__name__}.__call__` that "
+                    f"can be given for each prompt. Such are {[name for name in COLUMNS if name in self._call_defaults]}."
+                )
+            for name, columns in names.items():
+                if column not in columns:
+                    raise ValueError(
+                        f"`pipeline_columns={wanted}`: `{name}` has no column `{column}` but {columns}: add or rename it."
+                    )
+        return list(wanted)
 
     def _texts(self, prompts: list[str]) -> dict[str, list[str]]:
         """Prompts and negative prompts; the empty one for pipelines that would leave guidance out without one."""

@@ -24,8 +24,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import HfArgumentParser
 
 from flow_trl import PipelinePolicy, tiny
+from flow_trl.conditioning import Conditioning
 from flow_trl.credit import incremental_rewards
-from flow_trl.policy import Conditioning
 from flow_trl.rollout import Trajectory, rollout
 from flow_trl.transitions import flow_step
 
@@ -80,16 +80,22 @@ def sd35_medium_policy(prompts: list[str]) -> tuple[PipelinePolicy, Conditioning
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, scaling_factor=1.5305,
             shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
         ).to(dtype)  # fmt: skip
-        embeddings = {
-            name: torch.randn(len(prompts), *shape, dtype=dtype)
-            for name, shape in {"prompt_embeds": (333, 4096), "pooled_prompt_embeds": (2048,)}.items()
-        }
     pipe = StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-    negative = {f"negative_{name}": torch.zeros_like(value) for name, value in embeddings.items()}
-    return PipelinePolicy(pipe, guidance_scale=4.5, height=512, width=512), Conditioning(embeddings | negative)
+
+    def encode_prompt(prompt: list[str], **kwargs) -> tuple[torch.Tensor, ...]:
+        with device:
+            sequence, pooled = (
+                torch.randn(len(prompt), 333, 4096, dtype=dtype),
+                torch.randn(len(prompt), 2048, dtype=dtype),
+            )
+        return sequence, torch.zeros_like(sequence), pooled, torch.zeros_like(pooled)
+
+    pipe.encode_prompt = encode_prompt
+    policy = PipelinePolicy(pipe, guidance_scale=4.5, height=512, width=512)
+    return policy, policy.encode(prompts)
 
 
 def sequential(policy: PipelinePolicy, conditioning: Conditioning, prompt_index: list[int], generators, **kwargs):

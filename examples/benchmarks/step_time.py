@@ -107,13 +107,14 @@ def measure(arguments: Arguments, method: str, batch_size: int) -> dict[str, flo
     trainer.train()  # optimizer, data loader and caches
     trainer.policy.decode = outside(trainer.policy.decode)
     model, policy = trainer.model_wrapped, trainer.policy
-    conditioning = policy.encode(["a photo of a red circle"] * batch_size).arguments
-    latents, schedule, _ = policy.start(["a photo of a red circle"] * batch_size, arguments.num_inference_steps)
+    prompts = ["a photo of a red circle"] * batch_size
+    latents, schedule, _ = policy.start(prompts, arguments.num_inference_steps)
+    embeds, _, pooled, _ = policy.pipe.encode_prompt(prompts, None, None, max_sequence_length=0)
     inputs = {
         "hidden_states": latents,
         "timestep": schedule.timesteps[1].expand(batch_size),
-        "encoder_hidden_states": conditioning["prompt_embeds"],
-        "pooled_projections": conditioning["pooled_prompt_embeds"],
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
     }
     seconds = {name: [] for name in ("generation", "denoiser forward", "update", "denoiser forward and backward")}
 

@@ -51,10 +51,13 @@ class DiffusionConfig(TrainingArguments):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a name.
         pipeline_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for each call of the pipeline, for example `{"height": 512, "width": 512}`.
+        pipeline_columns (`list[str]`, *optional*):
+            Columns of the data sets that the pipeline is given with each prompt, such as `image`, `mask_image` or
+            `control_image`: images, paths, or lists of them. If not set, those of the usual names that its call takes.
         negative_prompt (`str`, *optional*):
             Negative prompt for guidance. If not set, what the pipeline takes by itself.
         num_inference_steps (`int`, *optional*, defaults to `10`):
-            Number of denoising steps in training.
+            Number of denoising steps that are run in training (with `strength` below 1 the schedule has more).
         guidance_scale (`float`, *optional*):
             Strength of guidance, in sampling and in training. If not set, the pipeline's default.
         num_generations (`int`, *optional*, defaults to `24`):
@@ -153,6 +156,9 @@ class DiffusionConfig(TrainingArguments):
     )
     pipeline_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments for each call of the pipeline, such as height and width."}
+    )
+    pipeline_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns that the pipeline is given with each prompt, such as image."}
     )
     negative_prompt: str | None = field(default=None, metadata={"help": "Negative prompt for guidance."})
     num_inference_steps: int = field(default=10, metadata={"help": "Number of denoising steps in training."})

@@ -20,10 +20,10 @@ from transformers.utils import logging
 from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
+from ..conditioning import Conditioning
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoiser
-from ..conditioning import Conditioning
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
@@ -120,8 +120,9 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self.policy = PipelinePolicy(self.pipe, guidance_scale=args.guidance_scale, **options)
         eval_guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.eval_policy = PipelinePolicy(self.pipe, guidance_scale=eval_guidance, **options)
-        self._sampler = Sampler(self.policy, self.scorer, args.overlap_rewards)
-        self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards)
+        columns = self.policy.columns(args.pipeline_columns, {name: data.column_names for name, data in sets.items()})
+        self._sampler = Sampler(self.policy, self.scorer, args.overlap_rewards, columns)
+        self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards, columns)
         self.scorer.check_videos(self.policy.makes_videos)
 
         denoiser = self.policy.denoiser
@@ -171,7 +172,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None
         self._resumed_from: str | None = None
         self._is_checked = False
-        self._completions: tuple[list, dict[str, list]] | None = None
+        self._completions: tuple[list, dict[str, list], list[int]] | None = None
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
 
@@ -287,7 +288,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         if args.log_completions:
             columns = {"prompt": self.train_dataset[all_rows]["prompt"], "advantage": advantages.mean(dim=1).tolist()}
             columns |= dict(zip(self.scorer.names, scores[:, -1].T.tolist(), strict=True)) | sampled.columns()
-            self._completions = sampled.images, {"step": [step] * len(all_rows), **columns}
+            self._completions = sampled.images, {"step": [step] * len(all_rows), **columns}, rows
 
     def _set_generation(self, generation: Generation) -> None:
         self._generation, self._schedule = generation, generation.schedule(self.accelerator.device)
@@ -352,8 +353,10 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         position = self.state.global_step % self._updates_per_generation
         if self.args.check_pipeline and not self._is_checked:
-            steps, prompts = min(3, self.args.num_inference_steps), self.train_dataset[:64]["prompt"]
-            self._record({"check_pipeline/max_deviation": self.policy.check(prompts, steps, self._ode_step)})
+            examples = self.train_dataset.select_columns(["prompt", *self._sampler.columns])[:16]
+            steps, prompts = min(3, self.args.num_inference_steps), examples.pop("prompt")
+            deviation = self.policy.check(prompts, steps, self._ode_step, **examples)
+            self._record({"check_pipeline/max_deviation": deviation})
             self._is_checked = True
         if position == 0:
             self._generate(self.state.global_step)

@@ -56,11 +56,12 @@ class FlowGRPOTrainer(DiffusionTrainer):
 
     def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
         if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            shift = pipe.scheduler.config.get("flow_shift", 1.0)  # the name of it that is lost in `from_config`
             raise ValueError(
                 f"`model` has the scheduler {type(pipe.scheduler).__name__}, but {type(self).__name__} trains "
-                "flow-matching pipelines with FlowMatchEulerDiscreteScheduler. If the model is a flow model, set "
-                "`pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`; a diffusion "
-                "model is trained by DDPOTrainer or TDPORTrainer."
+                f"flow-matching pipelines with FlowMatchEulerDiscreteScheduler. If the model is a flow model, set "
+                f"`pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})`; a diffusion model is trained by "
+                "DDPOTrainer or TDPORTrainer."
             )
 
     def _stochastic_steps(self, step: int) -> range:

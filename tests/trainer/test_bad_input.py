@@ -267,7 +267,7 @@ def two_denoisers():
 
 def unipc():
     pipe = pipelines.wan()
-    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return pipe
 
 
@@ -379,14 +379,14 @@ TRAINERS = {
         ValueError,
         [
             "`model` has the scheduler DDIMScheduler",
-            "FlowMatchEulerDiscreteScheduler.from_config",
+            "FlowMatchEulerDiscreteScheduler(shift=",
             "DDPOTrainer or TDPORTrainer",
         ],
     ),
     "multi-step scheduler": (
         {"model": unipc},
         ValueError,
-        ["`model` has the scheduler UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler.from_config"],
+        ["`model` has the scheduler UniPCMultistepScheduler", "`pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)`"],
     ),
     "denoiser": (
         {"model": lambda: pipelines.stable_diffusion_3().transformer},
@@ -398,7 +398,7 @@ TRAINERS = {
     "unknown pipeline": (
         {"model": other_pipeline},
         ValueError,
-        ["`pipe` is a `OtherPipeline`", "PIPELINE_FAMILIES['OtherPipeline'] = "],
+        ["`pipe` (OtherPipeline) cannot be a policy", "does not take ['num_inference_steps', 'generator'"],
     ),
     "two denoisers": (
         {"model": two_denoisers},
