@@ -8,8 +8,10 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 
 from . import __version__
+from .loading import active_adapter
 
 
 def _tiny_loader(model_name: str) -> str | None:
@@ -54,7 +56,8 @@ def diffusion_card(
     grids = sorted(path for path in grids if path.name.startswith("eval")) or sorted(grids)
     tags = [tags] if isinstance(tags, str) else tags or []
     base, tiny_loader = trainer.model_name, _tiny_loader(trainer.model_name)
-    denoiser = trainer.policy.denoiser
+    denoiser = next(iter(trainer.policy.denoisers.values()))
+    has_loader = hasattr(trainer.pipe, "load_lora_weights")
     return ModelCard.from_template(
         ModelCardData(
             base_model=base if "/" in base and not Path(base).is_dir() else None,
@@ -74,7 +77,9 @@ def diffusion_card(
         trainer=type(trainer).__name__,
         method=trainer._name,
         paper=trainer._paper,
-        lora=denoiser.peft_config[denoiser.active_adapters()[0]] if trainer.is_lora else None,
+        lora=denoiser.peft_config[active_adapter(denoiser)] if trainer.is_lora else None,
+        denoisers=list(trainer.policy.denoisers),
+        lora_loader="pipeline" if has_loader else "peft" if isinstance(denoiser, PeftModel) else "denoiser",
         hyperparameters={name: getattr(args, name) for name in ["learning_rate", *trainer._card_arguments]},
         updates=updates,
         held_out=bool(prefix),

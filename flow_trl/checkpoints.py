@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .generation import Generation, Sampled
+from .loading import save_lora
 
 
 WEIGHTS_NAME = "trained_weights.safetensors"
@@ -118,7 +118,10 @@ class Checkpoints:
     def _sampling_key(self, step: int) -> str:
         """A short text of all that the samples of a generation depend on."""
         denoiser = self.policy.denoiser
-        adapters = {name: config.to_dict() for name, config in getattr(denoiser, "peft_config", {}).items()}
+        adapters = {
+            name: {adapter: config.to_dict() for adapter, config in getattr(part, "peft_config", {}).items()}
+            for name, part in self.policy.denoisers.items()
+        }
         everything = [
             step,
             self.model_name,
@@ -223,16 +226,14 @@ class Checkpoints:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        denoiser, name = self.policy.denoiser, self.policy.denoiser_name
+        denoisers = self.policy.denoisers
         os.makedirs(output_dir, exist_ok=True)
         with self._evaluated_weights():
             if self.is_lora:
-                adapter = denoiser.active_adapters()[0]
-                layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter)
-                metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
-                self.pipe.save_lora_weights(output_dir, **{f"{name}_lora_layers": layers}, **metadata)
+                save_lora(self.pipe, denoisers, output_dir, state_dict)
             elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
-                denoiser.save_pretrained(os.path.join(output_dir, name))
+                for name, denoiser in denoisers.items():
+                    denoiser.save_pretrained(os.path.join(output_dir, name))
             else:
                 self.pipe.save_pretrained(output_dir)
         if output_dir == self.args.output_dir:

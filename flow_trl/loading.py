@@ -1,11 +1,12 @@
 """Loads a pipeline and makes its denoiser ready to be trained."""
 
-import os
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from trl.trainer.utils import disable_dropout_in_model
 
 
@@ -39,58 +40,185 @@ def load_pipeline(
     init_kwargs = {"dtype": dtype, **init_kwargs}
     if isinstance(init_kwargs["dtype"], str):  # from the command line
         init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
-    components = DiffusionPipeline.load_config(model) if os.path.isdir(model) else {}
+    try:
+        components = DiffusionPipeline.load_config(model)
+    except OSError:  # `from_pretrained` says what is wrong
+        components = {}
     absent = {name: None for name, value in components.items() if value == [None, None]}  # saved without them
     return DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
 
 
-def prepare_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module, peft_config: LoraConfig | None) -> bool:
+def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], is_lora: bool) -> None:
     """
-    Freezes a pipeline except for what is trained: the adapter of `peft_config`, that which the denoiser already has, or
-    all weights of the denoiser. Its dropout is switched off.
+    Checks that the denoisers of a loaded pipeline can be trained and saved.
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]):
             The pipeline.
+        denoisers (`dict[str, torch.nn.Module]`):
+            Its denoisers by name.
+        is_lora (`bool`):
+            Whether an adapter is trained.
+
+    Raises:
+        ValueError: for what would train something else than is saved, or nothing.
+    """
+    for name, module in pipe.components.items():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and (getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"):
+            raise ValueError(
+                f"`model` has a hook that moves its `{name}` to the CPU (`enable_model_cpu_offload` or the like): load it without, "
+                "and set `offload_text_encoders=True` to save memory."
+            )
+    if getattr(pipe, "hf_device_map", None) is not None:
+        raise ValueError(
+            f"`model` is spread over devices (`device_map`: {pipe.hf_device_map}): load it without `device_map`; accelerate "
+            "shares the work among GPUs."
+        )
+    for name, denoiser in denoisers.items():
+        if hasattr(denoiser, "_orig_mod"):
+            raise ValueError(
+                f"`model.{name}` is compiled by `torch.compile(...)`, and its weights would be saved under names that load as "
+                f"nothing: call `model.{name}.compile()` instead, which compiles it in place."
+            )
+        if getattr(denoiser, "is_quantized", False) and not is_lora:
+            raise ValueError(
+                f"`model.{name}` is quantised, so its weights cannot be trained: pass a `peft_config` for a LoRA on top."
+            )
+
+
+def active_adapter(denoiser: torch.nn.Module) -> str:
+    """
+    The adapter of a denoiser that is trained.
+
+    Args:
         denoiser (`torch.nn.Module`):
-            Its denoiser.
+            A denoiser with adapters.
+
+    Returns:
+        `str`: its name.
+
+    Raises:
+        ValueError: if there are several, or its strength is not 1.
+    """
+    active = denoiser.active_adapters
+    active = list(active() if callable(active) else active)
+    if len(active) != 1:
+        raise ValueError(
+            f"`model` has the active adapters {active}, but one is trained and saved: choose it with `pipe.set_adapters(...)`, "
+            "or merge the others by `pipe.fuse_lora(adapter_names=[...])`."
+        )
+    name = active[0]
+    for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer) and name in layer.scaling and name in layer.r:
+            root = layer.r[name] ** 0.5 if denoiser.peft_config[name].use_rslora else layer.r[name]
+            strength = layer.scaling[name] * root / layer.lora_alpha[name]
+            if abs(strength - 1) > 1e-6:
+                raise ValueError(
+                    f"The adapter `{name}` of `model` has the strength {strength:.3g}, which a saved LoRA does not keep: "
+                    f"`pipe.set_adapters({name!r}, 1.0)`, or merge it by `pipe.fuse_lora()` and train another on top."
+                )
+    return name
+
+
+def prepare_denoisers(
+    pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], peft_config: LoraConfig | None
+) -> bool:
+    """
+    Freezes a pipeline except for what is trained: the adapter of `peft_config`, that which a denoiser already has, or
+    all weights of the denoisers. Their dropout is switched off.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        denoisers (`dict[str, torch.nn.Module]`):
+            Its denoisers by name.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Adapter to add.
+            Adapter to add to each.
 
     Returns:
         `bool`: whether an adapter is trained.
 
     Raises:
-        ValueError: if there is an adapter already, or `peft_config` does not fit.
+        ValueError: if there is an adapter already, or `peft_config` does not fit, or see [`check_components`].
     """
+    adapted = any(getattr(denoiser, "peft_config", None) for denoiser in denoisers.values())
+    check_components(pipe, denoisers, adapted or peft_config is not None)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
-    adapted = bool(getattr(denoiser, "peft_config", None))
-    if adapted and peft_config is not None:
-        raise ValueError(
-            f"`peft_config` was given, but the pipeline already has the adapters {list(denoiser.peft_config)}: "
-            "leave `peft_config` out to train on, or call `pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
-        )
-    if adapted:
-        denoiser.set_adapter(denoiser.active_adapters())
-    elif peft_config is None:
-        denoiser.requires_grad_(True)
-    else:
-        try:
-            denoiser.add_adapter(peft_config)
-        except ValueError as error:
-            denoiser._hf_peft_config_loaded = False  # or diffusers refuses a corrected one on this pipeline
-            raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
-    disable_dropout_in_model(denoiser)
+    for name, denoiser in denoisers.items():
+        if adapted and peft_config is not None:
+            raise ValueError(
+                f"`peft_config` was given, but the pipeline already has the adapters {list(denoiser.peft_config)}: "
+                "leave `peft_config` out to train on, or call `pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
+            )
+        if adapted:
+            denoiser.set_adapter(active_adapter(denoiser))
+        elif peft_config is None:
+            denoiser.requires_grad_(True)
+        else:
+            _add_adapter(pipe, name, denoiser, peft_config)
+        disable_dropout_in_model(denoiser)
     return adapted or peft_config is not None
 
 
-def place_components(
-    pipe: DiffusionPipeline, denoiser: torch.nn.Module, device: torch.device, offload_text_encoders: bool
+def _add_adapter(pipe: DiffusionPipeline, name: str, denoiser: torch.nn.Module, peft_config: LoraConfig) -> None:
+    try:
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(peft_config)
+        else:  # a class without diffusers' own adapters
+            setattr(pipe, name, get_peft_model(denoiser, peft_config))
+    except ValueError as error:
+        denoiser._hf_peft_config_loaded = False  # or diffusers refuses a corrected one on this pipeline
+        raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
+
+
+def save_lora(
+    pipe: DiffusionPipeline,
+    denoisers: dict[str, torch.nn.Module],
+    folder: str,
+    state_dict: dict[str, Any] | None = None,
 ) -> None:
-    """Moves all models of a pipeline but its denoiser to a device, or its text encoders to the CPU."""
+    """
+    Writes the adapters of denoisers as the pipeline's `load_lora_weights` reads them, or, where a class has none, as its
+    denoiser does (`load_lora_adapter`, or [`~peft.PeftModel.from_pretrained`]). That of a second denoiser goes into a file
+    with its name.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        denoisers (`dict[str, torch.nn.Module]`):
+            Its denoisers by name.
+        folder (`str`):
+            Where to write.
+        state_dict (`dict[str, Any]`, *optional*):
+            Weights of the module that is trained, if they are not in it.
+    """
+    for number, (name, denoiser) in enumerate(denoisers.items()):
+        if state_dict is not None and len(denoisers) > 1:
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        else:
+            own = state_dict
+        adapter = active_adapter(denoiser)
+        if isinstance(denoiser, PeftModel):
+            denoiser.save_pretrained(folder, state_dict=own)
+        elif not hasattr(pipe, "save_lora_weights"):
+            denoiser.save_lora_adapter(folder, adapter_name=adapter)
+        else:
+            layers = get_peft_model_state_dict(denoiser, state_dict=own, adapter_name=adapter)
+            loaded_as = next(iter(denoisers))
+            metadata = {f"{loaded_as}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
+            file = {"weight_name": f"{name}.safetensors"} if number else {}
+            pipe.save_lora_weights(folder, **{f"{loaded_as}_lora_layers": layers}, **metadata, **file)
+
+
+def place_components(
+    pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], device: torch.device, offload_text_encoders: bool
+) -> None:
+    """Moves all models of a pipeline but its denoisers to a device, or its text encoders to the CPU."""
     for name, component in pipe.components.items():
         offloaded = offload_text_encoders and name.startswith("text_encoder")
-        if isinstance(component, torch.nn.Module) and component is not denoiser:
+        if isinstance(component, torch.nn.Module) and name not in denoisers:
             component.to("cpu" if offloaded else device)

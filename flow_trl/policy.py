@@ -40,6 +40,8 @@ _RESERVED = {
     "callback_on_step_end_tensor_inputs", "callback", "callback_steps", "denoising_end", "audio_latents",
 }  # fmt: skip
 
+DENOISERS = ("transformer", "transformer_2", "unet")
+
 # What a pipeline computes of prompts and images before its loop: recorded in `encode`, given back afterwards.
 _RECORDED = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
 _RECORDED_OF_PROCESSORS = re.compile("preprocess|preprocess_video|resize|resize_and_crop_tensor")
@@ -92,18 +94,22 @@ class _Handed(NamedTuple):
 class _StandIn:
     """
     A scheduler for one call: a copy of the real one whose `step` calls `on_step(model_output, timestep, sample)`, which
-    returns the sample of the next step. With a schedule, that one is used whatever the pipeline asks for.
+    returns the sample of the next step. With a schedule, that one is used whatever the pipeline asks for, after so many
+    entries as the pipeline skips.
     """
 
     @classmethod
-    def of(cls, scheduler: Any, on_step: Callable, schedule: Schedule | None = None) -> "_StandIn":
+    def of(cls, scheduler: Any, on_step: Callable, schedule: Schedule | None = None, skipped: int = 0) -> "_StandIn":
         stand_in = copy.deepcopy(scheduler) if schedule is None else copy.copy(scheduler)
         stand_in.__class__ = _stand_in_class(type(scheduler), schedule is not None)
         stand_in.on_step = on_step
         if schedule is not None:
-            stand_in.timesteps, stand_in.num_inference_steps = schedule.timesteps, len(schedule.timesteps)
-            if schedule.sigmas is not None:
-                stand_in.sigmas = schedule.sigmas
+            timesteps, sigmas = (
+                None if values is None else torch.cat([values[:1].expand(skipped), values]) for values in schedule
+            )
+            stand_in.timesteps, stand_in.num_inference_steps = timesteps, len(timesteps)
+            if sigmas is not None:
+                stand_in.sigmas = sigmas
         return stand_in
 
     def step(self, model_output, timestep, sample, *args, **kwargs) -> _Handed:
@@ -171,6 +177,13 @@ class ModuleProxy:
         return self
 
 
+class Experts(torch.nn.ModuleDict):
+    """Denoisers that share the steps of a pipeline, such as Wan 2.2's two: one module to wrap and to optimise."""
+
+    def forward(self, name: str, *args, **kwargs):
+        return self[name](*args, **kwargs)
+
+
 class _NoOutput(tuple):
     """What a denoiser that is not evaluated returns, with or without `return_dict`."""
 
@@ -232,7 +245,7 @@ class PipelinePolicy:
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]):
-            Pipeline of any class with one denoiser, whose loop calls `scheduler.step` once a step. It is never modified.
+            Pipeline of any class whose loop calls `scheduler.step` once a step. It is never modified.
         guidance_scale (`float`, *optional*):
             Strength of classifier-free guidance, passed to the pipeline under its own name for it. If not set, the
             pipeline's default.
@@ -253,7 +266,7 @@ class PipelinePolicy:
             two passes through the denoiser).
 
     Raises:
-        ValueError: if the pipeline has two denoisers or none, or an argument in `call_kwargs` is not an argument of its
+        ValueError: if the pipeline has no denoiser, or an argument in `call_kwargs` is not an argument of its
             `__call__` or is one that the policy sets itself.
 
     Example:
@@ -279,17 +292,13 @@ class PipelinePolicy:
     ):
         name = type(pipe).__name__
         self.pipe = pipe
-        denoisers = [part for part in ("transformer", "unet") if getattr(pipe, part, None) is not None]
-        if not denoisers or getattr(pipe, "scheduler", None) is None:
+        names = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
+        if not names or getattr(pipe, "scheduler", None) is None:
             raise ValueError(
                 f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
             )
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(
-                f"`pipe` ({name}) has two denoisers, `transformer` and `transformer_2`; a policy has one. Load it "
-                "with `transformer_2=None, boundary_ratio=None`."
-            )
-        self.denoiser_name = denoisers[0]
+        self.denoiser_names = names
+        self._experts = Experts({part: getattr(pipe, part) for part in names}) if len(names) > 1 else None
         self._call_function = inspect.unwrap(type(pipe).__call__)
         parameters = inspect.signature(self._call_function).parameters
         self._call_defaults = {key: parameter.default for key, parameter in parameters.items()}
@@ -336,9 +345,14 @@ class PipelinePolicy:
         self.evaluations = 0
 
     @property
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """The pipeline's denoisers by name: its `transformer` or `unet`, and `transformer_2` where it has one."""
+        return {name: getattr(self.pipe, name) for name in self.denoiser_names}
+
+    @property
     def denoiser(self) -> torch.nn.Module:
-        """The module that is trained: the pipeline's `transformer` or `unet`."""
-        return getattr(self.pipe, self.denoiser_name)
+        """The module that is trained: the denoiser, or [`Experts`] of two."""
+        return self._experts if self._experts is not None else getattr(self.pipe, self.denoiser_names[0])
 
     @property
     def device(self) -> torch.device:
@@ -454,7 +468,7 @@ class PipelinePolicy:
         def reached(*args):
             raise _StepReached
 
-        generator = [sample_generator("conditions") for _ in prompts]
+        generator = sample_generator("conditions")
         runner = self._runner(around, _StandIn.of(self.pipe.scheduler, reached))
         with self._text_encoders():
             self._call(runner, prompts, given, num_inference_steps=2, generator=generator)
@@ -539,7 +553,11 @@ class PipelinePolicy:
     ) -> list[tuple[list[int], Any]]:
         """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
         results = []
-        for batch in conditioning.batches:
+        batches = conditioning.batches
+        if latents is None and any(row.given for row in conditioning.rows):  # initial latents may come from images
+            rows = [Conditioning([row]).batches[0] for row in conditioning.rows]
+            batches = [row._replace(index=[place]) for place, row in enumerate(rows)]
+        for batch in batches:
             index = batch.index
             recorded = defaultdict(list)
             for name, output in batch.recorded:
@@ -590,7 +608,9 @@ class PipelinePolicy:
             return lambda *args, **kwargs: (module if evaluates() else instead)(*args, **kwargs)
 
         forward = self.forward if grad else self.denoiser
-        runner.__dict__[self.denoiser_name] = ModuleProxy(self.denoiser, switched(forward, _no_evaluation))
+        for name, denoiser in self.denoisers.items():
+            expert = forward if self._experts is None else functools.partial(forward, name)
+            runner.__dict__[name] = ModuleProxy(denoiser, switched(expert, _no_evaluation))
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is not None:
             runner.__dict__["controlnet"] = copied = copy.copy(controlnet)
@@ -644,7 +664,9 @@ class PipelinePolicy:
             return stand_in
 
         asked = self._steps_asked(num_inference_steps)
-        self._run(conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator)
+        results = self._run(
+            conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator
+        )
         schedules = []
         for _, steps, stand_in in starts:
             if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
@@ -662,7 +684,7 @@ class PipelinePolicy:
             schedules.append(Schedule(torch.stack(steps).to(self.device), sigmas))
         if any(not torch.equal(schedule.timesteps, schedules[0].timesteps) for schedule in schedules):
             raise ValueError("The images of a batch have different noise schedules: give them the same size.")
-        return Start(_in_places(conditioning, [start[0].float() for start in starts]), schedules[0], conditioning)
+        return Start(_in_places(results, [start[0].float() for start in starts]), schedules[0], conditioning)
 
     def _steps_asked(self, num_inference_steps: int) -> int:
         """Argument of `__call__` with which the pipeline runs so many steps."""
@@ -709,7 +731,7 @@ class PipelinePolicy:
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
-        outputs, step = [], 0
+        outputs, step, asked = [], 0, self._steps_asked(len(schedule.timesteps))
 
         def on_step(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             nonlocal step
@@ -722,14 +744,14 @@ class PipelinePolicy:
         def scheduler(index: list[int]) -> _StandIn:
             nonlocal step
             step = 0
-            return _StandIn.of(self.pipe.scheduler, on_step, schedule)
+            return _StandIn.of(self.pipe.scheduler, on_step, schedule, asked - len(schedule.timesteps))
 
-        self._run(
+        results = self._run(
             conditioning, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
-            num_inference_steps=self._steps_asked(len(schedule.timesteps)),
+            num_inference_steps=asked,
         )  # fmt: skip
         self.evaluations += len(latents)
-        return _in_places(conditioning, outputs)
+        return _in_places(results, outputs)
 
     def decode(
         self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil"
@@ -760,7 +782,7 @@ class PipelinePolicy:
         results = self._run(
             conditioning, scheduler, latents, num_inference_steps=2, output_type="pt" if as_bytes else output_type
         )
-        output = _in_places(conditioning, [result[0] for _, result in results])
+        output = _in_places(results, [result[0] for _, result in results])
         if not as_bytes:
             return output
         # As `VaeImageProcessor` does it, but before the pixels leave the GPU.
@@ -828,7 +850,7 @@ class PipelinePolicy:
                     num_inference_steps=self._steps_asked(num_inference_steps),
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
-        expected = _in_places(conditioning, outputs).float()
+        expected = _in_places([(batch.index, None) for batch in conditioning.batches], outputs).float()
         difference = math.inf
         if latents.shape == expected.shape:
             difference = ((latents - expected).abs().max() / expected.std()).item()
@@ -842,11 +864,11 @@ class PipelinePolicy:
         return difference
 
 
-def _in_places(conditioning: Conditioning, parts: list) -> torch.Tensor | list:
-    """Rows of the batches of a conditioning, in its order."""
+def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tensor | list:
+    """The rows of several calls, in the places that the calls have."""
     if len(parts) == 1:
         return parts[0]
-    places = [place for batch in conditioning.batches for place in batch.index]
+    places = [place for index, _ in results for place in index]
     order = sorted(range(len(places)), key=places.__getitem__)
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)[order]
@@ -877,7 +899,10 @@ class ReferencePolicy:
             self._adapters = [layer for layer in policy.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
             return
         self._policy.pipe = copy.copy(policy.pipe)
-        self._policy.pipe.__dict__[policy.denoiser_name] = copy.deepcopy(policy.denoiser).requires_grad_(False)
+        copies = copy.deepcopy(policy.denoisers)
+        self._policy.pipe.__dict__.update({name: module.requires_grad_(False) for name, module in copies.items()})
+        if policy._experts is not None:
+            self._policy._experts = Experts(copies)
 
     def predict(
         self, latents: torch.Tensor, step_index: int, conditioning: Conditioning, schedule: Schedule

@@ -1,8 +1,10 @@
 """Small random pipelines: conditioned."""
 
+from functools import partial
 from inspect import signature
 
 import numpy as np
+import torch
 from diffusers import (
     ControlNetModel,
     FluxControlNetModel,
@@ -11,6 +13,8 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
@@ -18,12 +22,16 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
+from transformers import ProcessorMixin, Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.pipeline_case import Case
 from tests.pipelines import (
     SIZE,
     flux,
+    qwen_image,
     randomize,
     seeded,
     stable_diffusion,
@@ -31,6 +39,21 @@ from tests.pipelines import (
     stable_diffusion_xl,
     unet,
 )
+
+
+# Qwen-Image's editing scales every image to an area of 1024 x 1024 or 384 x 384 pixels.
+pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (SIZE, SIZE, None)
+pipeline_qwenimage_edit_plus.calculate_dimensions = lambda area, ratio: (SIZE, SIZE)
+
+
+class QwenProcessor(Qwen2VLProcessor):
+    """Without videos, whose processor needs torchvision."""
+
+    def __init__(self, image_processor, tokenizer):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer)
 
 
 def image(seed: int, size: int = SIZE) -> Image.Image:
@@ -49,8 +72,7 @@ def images(first: int = 0) -> list[Image.Image]:
 
 def rebuilt(pipeline_class: type, pipe, **modules):
     """Another class of pipeline with the modules of this one, and with others, which get random weights."""
-    for module in modules.values():
-        randomize(module.eval())
+    randomize(*(module.eval() for module in modules.values() if isinstance(module, torch.nn.Module)))
     parts = {**pipe.components, "requires_safety_checker": False, **modules}
     made = pipeline_class(**{name: parts[name] for name in signature(pipeline_class).parameters if name in parts})
     made.set_progress_bar_config(disable=True)
@@ -78,7 +100,7 @@ def flux_kontext() -> FluxKontextPipeline:
 def flux_fill() -> FluxFillPipeline:
     pipe = flux()
     config = {**pipe.transformer.config, "in_channels": 16 + 16 + 16, "out_channels": 16}
-    return rebuilt(FluxFillPipeline, pipe, transformer=FluxTransformer2DModel.from_config(config))
+    return rebuilt(FluxFillPipeline, pipe, transformer=FluxTransformer2DModel(**config))
 
 
 def controlnet(unet, **kwargs) -> ControlNetModel:
@@ -125,6 +147,19 @@ def stable_diffusion_inpaint(in_channels: int = 9) -> StableDiffusionInpaintPipe
     )
 
 
+@seeded
+def qwen_image_edit(pipeline_class=QwenImageEditPipeline) -> QwenImageEditPipeline | QwenImageEditPlusPipeline:
+    pipe = qwen_image()
+    tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+    pipe.tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    processor = QwenProcessor(Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=56**2), pipe.tokenizer)
+    config = pipe.text_encoder.config
+    config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, config.video_token_id = (
+        pipe.tokenizer.convert_tokens_to_ids(tokens)
+    )
+    return rebuilt(pipeline_class, pipe, processor=processor)
+
+
 CASES: dict[str, Case] = {
     "StableDiffusion3Img2ImgPipeline": Case(
         stable_diffusion_3_img2img, {"strength": 0.6}, columns={"image": images()}
@@ -137,12 +172,16 @@ CASES: dict[str, Case] = {
     "StableDiffusionControlNetPipeline": Case(stable_diffusion_controlnet, {}, columns={"image": images()}),
     "StableDiffusionXLControlNetPipeline": Case(stable_diffusion_xl_controlnet, {}, columns={"image": images()}),
     "FluxControlNetPipeline": Case(flux_controlnet, {}, columns={"control_image": images()}),
-    "StableDiffusion3ControlNetPipeline": Case(
-        stable_diffusion_3_controlnet, {}, columns={"control_image": images()}
-    ),
+    "StableDiffusion3ControlNetPipeline": Case(stable_diffusion_3_controlnet, {}, columns={"control_image": images()}),
     "StableDiffusionInpaintPipeline": Case(
         stable_diffusion_inpaint,
         {"strength": 1.0},
         columns={"image": images(), "mask_image": [mask(0), mask(1)]},
+    ),
+    "QwenImageEditPipeline": Case(qwen_image_edit, {"height": SIZE, "width": SIZE}, columns={"image": images()}),
+    "QwenImageEditPlusPipeline": Case(
+        partial(qwen_image_edit, QwenImageEditPlusPipeline),
+        {"height": SIZE, "width": SIZE},
+        columns={"image": [images(), [image(2)]]},
     ),
 }

@@ -1,5 +1,7 @@
 """Small random pipelines: image."""
 
+from functools import partial
+
 from diffusers import (
     AdaptiveProjectedMixGuidance,
     AuraFlowPipeline,
@@ -233,7 +235,7 @@ def cogview4() -> CogView4Pipeline:
 
 @seeded
 def lumina2() -> Lumina2Pipeline:
-    """Eight pixels to one latent; call it with `height=32, width=32`."""
+    """Eight pixels to one latent, and images of 32 pixels."""
     return build(
         Lumina2Pipeline,
         transformer=Lumina2Transformer2DModel(
@@ -391,11 +393,17 @@ def hidream_image() -> HiDreamImagePipeline:
         tokenizer_4=qwen_tokenizer(),
     )
     pipe.default_sample_size = SIZE // 2
+    # Routed experts have gradients in training mode alone, in which the whole transformer has another output.
+    pipe.transformer.train().training = False
     return pipe
 
 
 @seeded
-def hunyuan_image(guider: AdaptiveProjectedMixGuidance | None = None, distilled: bool = False) -> HunyuanImagePipeline:
+def hunyuan_image(momentum: float | None = None, distilled: bool = False) -> HunyuanImagePipeline:
+    """A momentum, as the real model has it from its seventh step on, makes guidance depend on earlier latents."""
+    guider = AdaptiveProjectedMixGuidance(
+        adaptive_projected_guidance_start_step=0, adaptive_projected_guidance_momentum=momentum
+    )
     pipe = build(
         HunyuanImagePipeline,
         transformer=HunyuanImageTransformer2DModel(
@@ -427,11 +435,24 @@ def hunyuan_image(guider: AdaptiveProjectedMixGuidance | None = None, distilled:
         tokenizer=qwen_tokenizer(),
         text_encoder_2=t5_text_encoder(),
         tokenizer_2=ByT5Tokenizer(),
-        guider=guider,
+        guider=None if distilled else guider,
     )
     pipe.default_sample_size = SIZE // 2
     pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 64
     return pipe
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "PixArtSigmaPipeline": Case(pixart_sigma, {"use_resolution_binning": False}),
+    "SanaPipeline": Case(sana, {"height": 32, "width": 32, "use_resolution_binning": False}),
+    "AuraFlowPipeline": Case(aura_flow, {"height": SIZE, "width": SIZE}),
+    "ChromaPipeline": Case(chroma, {}),
+    "CogView4Pipeline": Case(cogview4, {}),
+    "Lumina2Pipeline": Case(lumina2, {}),
+    "ZImagePipeline": Case(z_image, {"height": SIZE, "width": SIZE}, guidance=(4.0, 0.0)),
+    "Flux2KleinPipeline": Case(flux2_klein, {"text_encoder_out_layers": (1, 2)}),
+    "Flux2Pipeline": Case(flux2, {"text_encoder_out_layers": (1, 2)}),
+    "HiDreamImagePipeline": Case(hidream_image, {"max_sequence_length": 32}),
+    "HunyuanImagePipeline": Case(hunyuan_image, {}, guidance=(None, None)),
+    "HunyuanImagePipeline-distilled": Case(partial(hunyuan_image, distilled=True), {}, guidance=(None, None)),
+}

@@ -403,7 +403,9 @@ def test_a_pipeline_without_a_prompt():
     with pytest.raises(ValueError, match="`pipe` \\(DDPMPipeline\\) has no `transformer` or `unet`"):
         PipelinePolicy(DDPMPipeline(unet=None, scheduler=None))
     policy = make("sd")
-    with pytest.raises(ValueError, match="`pipe` \\(DDPMPipeline\\) cannot be a policy: its `__call__` does not take \\['prompt'\\]"):
+    with pytest.raises(
+        ValueError, match="`pipe` \\(DDPMPipeline\\) cannot be a policy: its `__call__` does not take \\['prompt'\\]"
+    ):
         PipelinePolicy(DDPMPipeline(unet=policy.denoiser, scheduler=policy.pipe.scheduler))
 
 

@@ -23,7 +23,7 @@ from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
 from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
 from ..held_out import Evaluations
-from ..loading import load_pipeline, place_components, prepare_denoiser
+from ..loading import load_pipeline, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
@@ -125,14 +125,17 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards, columns)
         self.scorer.check_videos(self.policy.makes_videos)
 
-        denoiser = self.policy.denoiser
         set_seed(args.seed)  # the adapter's weights are drawn before `Trainer` does this
-        self.is_lora = prepare_denoiser(self.pipe, denoiser, peft_config)
+        self.is_lora = prepare_denoisers(self.pipe, self.policy.denoisers, peft_config)
+        denoisers, denoiser = self.policy.denoisers, self.policy.denoiser
         if args.bf16 or args.fp16:
             cast_training_params(denoiser, dtype=torch.float32)
         if args.activation_checkpointing:
-            denoiser.activation_checkpointing_enable = lambda **kwargs: denoiser.enable_gradient_checkpointing()
+            enable = [part.enable_gradient_checkpointing for part in denoisers.values()]
+            denoiser.activation_checkpointing_enable = lambda **kwargs: [function() for function in enable]
 
+        if len(denoisers) > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # an update evaluates one of them
         super().__init__(
             model=denoiser,
             args=args,
@@ -155,7 +158,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
                 f"and `args.generation_batch_size={args.generation_batch_size}`: make `args` in the process that trains, "
                 "and do not change its batch sizes afterwards."
             )
-        place_components(self.pipe, denoiser, self.accelerator.device, args.offload_text_encoders)
+        place_components(self.pipe, denoisers, self.accelerator.device, args.offload_text_encoders)
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.ema = None
         if args.ema_decay:

@@ -386,7 +386,10 @@ TRAINERS = {
     "multi-step scheduler": (
         {"model": unipc},
         ValueError,
-        ["`model` has the scheduler UniPCMultistepScheduler", "`pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)`"],
+        [
+            "`model` has the scheduler UniPCMultistepScheduler",
+            "`pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)`",
+        ],
     ),
     "denoiser": (
         {"model": lambda: pipelines.stable_diffusion_3().transformer},
