@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .conditioning import (
+    Batch,
     Conditioning,
     NoRows,
     check_order,
@@ -199,8 +201,8 @@ def _no_evaluation(*args, **kwargs) -> _NoOutput:
     return _NoOutput((torch.zeros_like(given),))
 
 
-def _no_control(*args, **kwargs) -> tuple[tuple, None]:
-    return (), None
+def _no_control(*args, **kwargs) -> tuple[tuple, torch.Tensor]:
+    return (), torch.empty(0)
 
 
 def _has_tensor(value: Any) -> bool:
@@ -324,6 +326,12 @@ class PipelinePolicy:
             raise ValueError(
                 f"`negative_prompt={negative_prompt!r}` is not an argument of `{name}.__call__`: leave it out."
             )
+        for part in ("guider", "ocr_guider"):
+            if getattr(getattr(pipe, part, None), "adaptive_projected_guidance_momentum", None):
+                raise ValueError(
+                    f"`pipe.{part}` has a momentum, so its guidance depends on the latents of earlier steps; a policy's cannot. "
+                    "Set its `adaptive_projected_guidance_momentum=None`."
+                )
         self.negative_prompt = negative_prompt
         self.offload_text_encoders = offload_text_encoders
         self.call_kwargs = dict(call_kwargs)
@@ -400,6 +408,7 @@ class PipelinePolicy:
         """Prompts and negative prompts; the empty one for pipelines that would leave guidance out without one."""
         true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
         negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
+        prompts = list(prompts)  # pipelines change what they are given
         return {"prompt": prompts} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
 
     @contextmanager
@@ -433,6 +442,8 @@ class PipelinePolicy:
             for name in filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)):
                 processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
             runner.__dict__[part] = processor
+        for part in [part for part in vars(self.pipe) if part.endswith("guider")]:
+            runner.__dict__[part] = copy.copy(getattr(self.pipe, part))
         vae = getattr(self.pipe, "vae", None)
         if hasattr(vae, "encode"):
             runner.__dict__["vae"] = copied = copy.copy(vae)
@@ -471,7 +482,7 @@ class PipelinePolicy:
         generator = sample_generator("conditions")
         runner = self._runner(around, _StandIn.of(self.pipe.scheduler, reached))
         with self._text_encoders():
-            self._call(runner, prompts, given, num_inference_steps=2, generator=generator)
+            self._call(runner, prompts, given, num_inference_steps=self._steps_asked(2), generator=generator)
         return tuple(names), outputs
 
     @staticmethod
@@ -553,11 +564,7 @@ class PipelinePolicy:
     ) -> list[tuple[list[int], Any]]:
         """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
         results = []
-        batches = conditioning.batches
-        if latents is None and any(row.given for row in conditioning.rows):  # initial latents may come from images
-            rows = [Conditioning([row]).batches[0] for row in conditioning.rows]
-            batches = [row._replace(index=[place]) for place, row in enumerate(rows)]
-        for batch in batches:
+        for batch in conditioning.batches if latents is not None else self._calls(conditioning):
             index = batch.index
             recorded = defaultdict(list)
             for name, output in batch.recorded:
@@ -592,6 +599,14 @@ class PipelinePolicy:
             }
             results.append((index, self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen)))
         return results
+
+    @staticmethod
+    def _calls(conditioning: Conditioning) -> list[Batch]:
+        """The calls that begin with noise: one for each row that was given images, from which latents may come."""
+        if not any(row.given for row in conditioning.rows):
+            return conditioning.batches
+        rows = [Conditioning([row]).batches[0] for row in conditioning.rows]
+        return [row._replace(index=[place]) for place, row in enumerate(rows)]
 
     def _call(
         self,
@@ -688,15 +703,23 @@ class PipelinePolicy:
 
     def _steps_asked(self, num_inference_steps: int) -> int:
         """Argument of `__call__` with which the pipeline runs so many steps."""
-        strength = self.call_kwargs.get("strength", self._call_defaults.get("strength")) or 1.0
-        return next(
-            (
-                n
-                for n in range(num_inference_steps, 1000)
-                if n - int(max(n - min(n * strength, n), 0)) == num_inference_steps
-            ),
-            num_inference_steps,
-        )
+        strength = self.call_kwargs.get("strength", self._call_defaults.get("strength"))
+        get_timesteps = getattr(type(self.pipe), "get_timesteps", None)
+        if strength is None or get_timesteps is None:
+            return num_inference_steps
+        wanted = inspect.signature(get_timesteps).parameters
+
+        def run(asked: int) -> int:
+            timesteps = torch.arange(asked)
+            pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=timesteps, order=1))
+            given = {"num_inference_steps": asked, "timesteps": timesteps, "strength": strength, "device": "cpu"}
+            return len(get_timesteps(pipe, **{name: value for name, value in given.items() if name in wanted})[0])
+
+        if num_inference_steps not in self._asked:
+            candidates = range(num_inference_steps, 1000)
+            fitting = (asked for asked in candidates if run(asked) == num_inference_steps)
+            self._asked[num_inference_steps] = next(fitting, num_inference_steps)
+        return self._asked[num_inference_steps]
 
     def _refusal(self, reason: str) -> str:
         return f"`pipe` ({type(self.pipe).__name__}) cannot be a policy: with these arguments its loop {reason}."
@@ -773,14 +796,14 @@ class PipelinePolicy:
         """
         vae = getattr(self.pipe, "vae", None)
         latents = latents.to(vae.device, vae.dtype) if vae else latents.to(self.device)
-        schedule = Schedule(torch.zeros(1, device=self.device), torch.zeros(2))
+        schedule, asked = Schedule(torch.zeros(2, device=self.device), torch.zeros(3)), self._steps_asked(2)
 
         def scheduler(index: list[int]) -> _StandIn:
-            return _StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule)
+            return _StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
 
         as_bytes = output_type in ("pil", "uint8")
         results = self._run(
-            conditioning, scheduler, latents, num_inference_steps=2, output_type="pt" if as_bytes else output_type
+            conditioning, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type
         )
         output = _in_places(results, [result[0] for _, result in results])
         if not as_bytes:
@@ -842,7 +865,7 @@ class PipelinePolicy:
         self.evaluations = before
 
         outputs = []
-        for batch in conditioning.batches:
+        for batch in self._calls(conditioning):
             runner = self._runner(lambda name, method: method, copy.deepcopy(self.pipe.scheduler))
             with self._text_encoders():
                 outputs += runner(
@@ -850,7 +873,9 @@ class PipelinePolicy:
                     num_inference_steps=self._steps_asked(num_inference_steps),
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
-        expected = _in_places([(batch.index, None) for batch in conditioning.batches], outputs).float()
+        expected = _in_places([(batch.index, None) for batch in self._calls(conditioning)], outputs).float()
+        if latents.shape != expected.shape:  # some pipelines un-pack what they return
+            latents = self.decode(latents, conditioning, output_type="latent").float()
         difference = math.inf
         if latents.shape == expected.shape:
             difference = ((latents - expected).abs().max() / expected.std()).item()

@@ -343,12 +343,12 @@ CASES: dict[str, Case] = {
         lambda: wan_image_to_video(expand_timesteps=True), VIDEO, columns={"image": IMAGES}
     ),
     "LTXPipeline": Case(ltx, LARGE),
+    "LTXPipeline-0.9.1": Case(lambda: ltx(timestep_conditioning=True), LARGE),
     "MochiPipeline": Case(mochi, {**LARGE, "num_frames": 7, "max_sequence_length": 32}),
     "CogVideoXPipeline": Case(cogvideox, {**VIDEO, "max_sequence_length": 16}),
     "HunyuanVideoPipeline": Case(hunyuan_video, {**LARGE, **WORDS}),
     "HunyuanVideoPipeline-true-cfg": Case(hunyuan_video, {**LARGE, **WORDS, "true_cfg_scale": 3.0}),
     "Kandinsky5T2VPipeline": Case(kandinsky5, LARGE),
-    "Kandinsky5T2VPipeline-visual-cond": Case(lambda: kandinsky5(visual_cond=True), LARGE),
     "SanaVideoPipeline": Case(
         sana_video,
         {

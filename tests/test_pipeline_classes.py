@@ -62,7 +62,7 @@ def sample(policy, conditioning, generators):
 def call(policy, prompts, generators, **given):
     """The same from the pipeline itself."""
     negative = "" if policy.call_kwargs.get("true_cfg_scale", 1) > 1 else None  # without one these leave guidance out
-    texts = {"prompt": prompts} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
+    texts = {"prompt": list(prompts)} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
     steps = {"num_inference_steps": 4 if policy.call_kwargs.get("strength", 1) < 1 else STEPS}  # 3 of 4 at 0.6
     return np.stack(
         policy.pipe(**texts, **given, **policy.call_kwargs, **steps, generator=generators, output_type="np")[0]

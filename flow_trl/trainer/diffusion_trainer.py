@@ -367,6 +367,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             self._resume_generation()
         self._update_started = time.perf_counter()
         self.model_wrapped.train()
+        for denoiser in self.policy.denoisers.values():
+            denoiser.training = False  # the output of HiDream's has another shape in training; its experts must train
         return self._micro_batches(position), None
 
     def _micro_batches(self, position: int) -> list[dict[str, Any]]:

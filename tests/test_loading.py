@@ -1,0 +1,93 @@
+import pytest
+import torch
+from peft import LoraConfig
+
+from flow_trl.loading import load_pipeline, prepare_denoisers
+from flow_trl.policy import PipelinePolicy
+from tests import pipelines
+
+
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"])
+
+
+def prepare(pipe, peft_config=LORA):
+    return prepare_denoisers(pipe, PipelinePolicy(pipe).denoisers, peft_config)
+
+
+def test_only_the_adapter_is_trained():
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    assert prepare(pipe)
+    trained = {name for name, weight in pipe.transformer.named_parameters() if weight.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    assert not any(weight.requires_grad for weight in pipe.vae.parameters())
+
+
+def two_adapters(pipe):
+    pipe.transformer.add_adapter(LORA, "one")
+    pipe.transformer.add_adapter(LORA, "two")
+    pipe.transformer.set_adapter(["one", "two"])
+
+
+def half_strength(pipe):
+    pipe.transformer.add_adapter(LORA, "one")
+    pipe.set_adapters("one", 0.5)
+
+
+def compiled(pipe):
+    pipe.transformer = torch.compile(pipe.transformer)
+
+
+def offloaded(pipe):
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(pipe.vae, torch.device("cpu"))
+
+
+def spread(pipe):
+    pipe.hf_device_map = {"transformer": 0}
+
+
+def quantised(pipe):
+    pipe.transformer.is_quantized = True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (two_adapters, "active adapters \\['one', 'two'\\], but one is trained"),
+        (half_strength, "adapter `one` of `model` has the strength 0.5"),
+        (compiled, "compiled by `torch.compile.*`model.transformer.compile\\(\\)` instead"),
+        (offloaded, "hook that moves its `vae` to the CPU.*offload_text_encoders=True"),
+        (spread, "spread over devices"),
+        (quantised, "`model.transformer` is quantised.*pass a `peft_config`"),
+    ],
+)
+def test_what_would_be_trained_in_vain_is_refused(change, message):
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    change(pipe)
+    with pytest.raises(ValueError, match=message):
+        prepare(pipe, None)
+
+
+def test_compiled_in_place():
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.transformer.compile()
+    assert prepare(pipe)
+
+
+def test_a_folder_saved_without_a_component(tmp_path):
+    pipelines.stable_diffusion_3(t5=False).save_pretrained(tmp_path)
+    assert load_pipeline(str(tmp_path), torch.float32, {}).text_encoder_3 is None
+
+
+def test_a_quantised_base_with_a_lora_on_top():
+    """Of `torchao`: the base keeps its integers, gradients reach the adapter."""
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    policy = PipelinePolicy(pipe, max_sequence_length=16)
+    assert prepare_denoisers(pipe, policy.denoisers, LORA)
+    latents, schedule, conditioning = policy.start(["a red circle"], 3, torch.Generator().manual_seed(0))
+    policy.predict(latents, 1, conditioning, schedule, grad=True).square().mean().backward()
+    gradients = {name: weight.grad for name, weight in pipe.transformer.named_parameters() if weight.grad is not None}
+    assert gradients and all("lora" in name for name in gradients)
