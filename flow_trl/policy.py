@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
-from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .conditioning import (
@@ -28,6 +27,18 @@ from .conditioning import (
     has_padding,
     pad_where_masked,
     split_rows,
+)
+from .stand_ins import (
+    Encoded,
+    Experts,
+    ModuleProxy,
+    Schedule,
+    StandIn,
+    StepReached,
+    mode_of,
+    no_control,
+    no_evaluation,
+    runner_class,
 )
 from .utils import sample_generator, to_pil
 
@@ -52,21 +63,6 @@ _RECORDED_OF_PROCESSORS = re.compile("preprocess|preprocess_video|resize|resize_
 COLUMNS = ("image", "control_image", "mask_image", "last_image", "ip_adapter_image")
 
 
-class Schedule(NamedTuple):
-    """
-    The noise levels of one sampling run, as the pipeline sets them.
-
-    Args:
-        timesteps (`torch.Tensor` of shape `(T,)`):
-            What the denoiser is given at each step.
-        sigmas (`torch.Tensor` of shape `(T + 1,)`, float32, on the CPU, *optional*):
-            Noise level before each step and after the last, where the scheduler has such.
-    """
-
-    timesteps: torch.Tensor
-    sigmas: torch.Tensor | None
-
-
 class Start(NamedTuple):
     """
     Where sampling begins.
@@ -83,126 +79,6 @@ class Start(NamedTuple):
     latents: torch.Tensor
     schedule: Schedule
     conditioning: Conditioning
-
-
-class _StepReached(Exception):
-    """The pipeline called `scheduler.step`; what was wanted is in the stand-in."""
-
-
-class _Handed(NamedTuple):
-    prev_sample: torch.Tensor
-
-
-class _StandIn:
-    """
-    A scheduler for one call: a copy of the real one whose `step` calls `on_step(model_output, timestep, sample)`, which
-    returns the sample of the next step. With a schedule, that one is used whatever the pipeline asks for, after so many
-    entries as the pipeline skips.
-    """
-
-    @classmethod
-    def of(cls, scheduler: Any, on_step: Callable, schedule: Schedule | None = None, skipped: int = 0) -> "_StandIn":
-        stand_in = copy.deepcopy(scheduler) if schedule is None else copy.copy(scheduler)
-        stand_in.__class__ = _stand_in_class(type(scheduler), schedule is not None)
-        stand_in.on_step = on_step
-        if schedule is not None:
-            timesteps, sigmas = (
-                None if values is None else torch.cat([values[:1].expand(skipped), values]) for values in schedule
-            )
-            stand_in.timesteps, stand_in.num_inference_steps = timesteps, len(timesteps)
-            if sigmas is not None:
-                stand_in.sigmas = sigmas
-        return stand_in
-
-    def step(self, model_output, timestep, sample, *args, **kwargs) -> _Handed:
-        return _Handed(self.on_step(model_output, timestep, sample))
-
-
-class _FixedStandIn(_StandIn):
-    order = 1
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        pass
-
-    def set_begin_index(self, begin_index=0):
-        pass
-
-
-@functools.cache
-def _stand_in_class(scheduler_class: type, fixed: bool) -> type:
-    return type(scheduler_class.__name__, (_FixedStandIn if fixed else _StandIn, scheduler_class), {})
-
-
-class _Encoded:
-    """The output of a VAE's `encode`, whose sample is its mode: a condition has no noise of its own."""
-
-    def __init__(self, latents: torch.Tensor):
-        self.latents = self.latent = self.mean = latents
-        self.latent_dist = self
-
-    def mode(self) -> torch.Tensor:
-        return self.latents
-
-    def sample(self, generator: torch.Generator | list | None = None) -> torch.Tensor:
-        if generator is not None:  # what is drawn after this is what the pipeline draws
-            latents = self.latents
-            randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        return self.latents
-
-    def __getitem__(self, index: int) -> "_Encoded":
-        return self
-
-
-def _mode(output: Any) -> torch.Tensor:
-    output = output[0] if isinstance(output, tuple) else output
-    for name in ("latent_dist", "latents", "latent"):
-        output = getattr(output, name, output)
-    return output.mode() if hasattr(output, "mode") and not isinstance(output, torch.Tensor) else output
-
-
-class ModuleProxy:
-    """
-    A module as others see it: its attributes, the forward of another (its DDP wrapper, say), and a training mode that is
-    set already.
-    """
-
-    def __init__(self, module: torch.nn.Module, forward: Callable):
-        self._module, self._forward = module, forward
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-    def __call__(self, *args, **kwargs):
-        return self._forward(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> "ModuleProxy":
-        return self
-
-
-class Experts(torch.nn.ModuleDict):
-    """Denoisers that share the steps of a pipeline, such as Wan 2.2's two: one module to wrap and to optimise."""
-
-    def forward(self, name: str, *args, **kwargs):
-        return self[name](*args, **kwargs)
-
-
-class _NoOutput(tuple):
-    """What a denoiser that is not evaluated returns, with or without `return_dict`."""
-
-    sample = property(lambda self: self[0])
-
-
-def _no_evaluation(*args, **kwargs) -> _NoOutput:
-    given = next(
-        (kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), args[0] if args else None
-    )
-    if isinstance(given, list):
-        return _NoOutput(([torch.zeros_like(entry) for entry in given],))
-    return _NoOutput((torch.zeros_like(given),))
-
-
-def _no_control(*args, **kwargs) -> tuple[tuple, torch.Tensor]:
-    return (), torch.empty(0)
 
 
 def _has_tensor(value: Any) -> bool:
@@ -227,12 +103,6 @@ def _with_masks(value: Any) -> Any:
         if mask is None and isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
             filled[j] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     return tuple(filled)
-
-
-def _runner_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The class of pipeline with a device that is known: its own property walks over all modules several times a call."""
-    device = property(lambda self: self.__dict__["_policy_device"])
-    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 
 class PipelinePolicy:
@@ -344,7 +214,7 @@ class PipelinePolicy:
                     f"`{key}={value!r}` cannot be passed on to `{name}.__call__`: it {reason}. "
                     "Remove it from the pipeline's keyword arguments."
                 )
-        self._runner_class = _runner_class(type(pipe))
+        self._runner_class = runner_class(type(pipe))
         self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
         self._rows: tuple[Any, tuple[str, ...], bool] | None = None  # layout, methods, whether masks are filled in
         self._lengths_differ = False
@@ -370,7 +240,8 @@ class PipelinePolicy:
     @property
     def makes_videos(self) -> bool:
         """Whether samples have more than one frame."""
-        return self.call_kwargs.get("num_frames", self._call_defaults.get("num_frames", 1)) != 1
+        names = [name for name in ("num_frames", "frames", "video_length") if name in self._call_defaults]
+        return any(self.call_kwargs.get(name, self._call_defaults[name]) != 1 for name in names)
 
     def columns(self, wanted: list[str] | None, names: dict[str, list[str]]) -> list[str]:
         """
@@ -447,8 +318,8 @@ class PipelinePolicy:
         vae = getattr(self.pipe, "vae", None)
         if hasattr(vae, "encode"):
             runner.__dict__["vae"] = copied = copy.copy(vae)
-            encode = around("vae.encode", lambda *args, **kwargs: _mode(vae.encode(*args, **kwargs)))
-            copied.__dict__["encode"] = lambda *args, **kwargs: _Encoded(encode(*args, **kwargs))
+            encode = around("vae.encode", lambda *args, **kwargs: mode_of(vae.encode(*args, **kwargs)))
+            copied.__dict__["encode"] = lambda *args, **kwargs: Encoded(encode(*args, **kwargs))
         return runner
 
     def _given(self, columns: dict[str, Any]) -> dict[str, Any]:
@@ -477,10 +348,10 @@ class PipelinePolicy:
             return recorded
 
         def reached(*args):
-            raise _StepReached
+            raise StepReached
 
         generator = sample_generator("conditions")
-        runner = self._runner(around, _StandIn.of(self.pipe.scheduler, reached))
+        runner = self._runner(around, StandIn.of(self.pipe.scheduler, reached))
         with self._text_encoders():
             self._call(runner, prompts, given, num_inference_steps=self._steps_asked(2), generator=generator)
         return tuple(names), outputs
@@ -555,7 +426,7 @@ class PipelinePolicy:
     def _run(
         self,
         conditioning: Conditioning,
-        scheduler: Callable[[list[int]], _StandIn],
+        scheduler: Callable[[list[int]], StandIn],
         latents: torch.Tensor | None = None,
         *,
         evaluates: Callable[[], bool] = lambda: False,
@@ -565,35 +436,9 @@ class PipelinePolicy:
         """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
         results = []
         for batch in conditioning.batches if latents is not None else self._calls(conditioning):
-            index = batch.index
-            recorded = defaultdict(list)
-            for name, output in batch.recorded:
-                recorded[name].append(output)
-            pending = {name: iter(outputs) for name, outputs in recorded.items()}
-            depth = 0
-
-            def around(name: str, method: Callable, pending=pending, index=index) -> Callable:
-                def given_back(*args, **kwargs):
-                    nonlocal depth
-                    known = None if depth else next(pending.get(name, iter(())), None)
-                    if known is not None and name != "prepare_latents":
-                        return known
-                    if known is not None and latents is not None:
-                        first = known if isinstance(known, torch.Tensor) else known[0]
-                        first = latents[index].to(first.device, first.dtype)
-                        return first if isinstance(known, torch.Tensor) else type(known)((first, *known[1:]))
-                    depth += 1
-                    try:
-                        output = method(*args, **kwargs)
-                    finally:
-                        depth -= 1
-                    if known is None or isinstance(known, torch.Tensor):
-                        return output
-                    return type(known)((output[0], *known[1:]))
-
-                return given_back
-
-            runner = self._runner(around, scheduler(index))
+            index, stand_in = batch.index, scheduler(batch.index)
+            given = None if latents is None else latents[index]
+            runner = self._runner(_giving_back(batch.recorded, stand_in, given), stand_in)
             chosen = {
                 name: [value[i] for i in index] if isinstance(value, list) else value for name, value in kwargs.items()
             }
@@ -625,17 +470,17 @@ class PipelinePolicy:
         forward = self.forward if grad else self.denoiser
         for name, denoiser in self.denoisers.items():
             expert = forward if self._experts is None else functools.partial(forward, name)
-            runner.__dict__[name] = ModuleProxy(denoiser, switched(expert, _no_evaluation))
+            runner.__dict__[name] = ModuleProxy(denoiser, switched(expert, no_evaluation))
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is not None:
             runner.__dict__["controlnet"] = copied = copy.copy(controlnet)
-            copied.__dict__["forward"] = switched(controlnet, _no_control)
+            copied.__dict__["forward"] = switched(controlnet, no_control)
         with torch.set_grad_enabled(grad):
             try:
                 return self._call_function(
                     runner, **self._texts(prompts), **given, **self.call_kwargs, **kwargs, return_dict=False
                 )
-            except _StepReached:
+            except StepReached:
                 return None
 
     def start(
@@ -664,18 +509,26 @@ class PipelinePolicy:
         conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
         starts = []
 
-        def scheduler(index: list[int]) -> _StandIn:
+        def scheduler(index: list[int]) -> StandIn:
             steps: list[torch.Tensor] = []
 
             def on_step(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+                if not isinstance(sample, torch.Tensor) or sample.ndim < 2:
+                    raise ValueError(
+                        self._refusal("gives `scheduler.step` something else than latents at its third place")
+                    )
                 if not steps:
+                    if getattr(stand_in, "prepared", sample.shape) != sample.shape:
+                        raise ValueError(
+                            self._refusal("gives `scheduler.step` a part of the latents that it prepares")
+                        )
                     starts.append((sample, steps, stand_in))
                 elif sample is not starts[-1][0] and not torch.equal(sample, starts[-1][0]):
                     raise ValueError(self._refusal("changes latents after `scheduler.step`"))
                 steps.append(torch.as_tensor(timestep))
                 return sample
 
-            stand_in = _StandIn.of(self.pipe.scheduler, on_step)
+            stand_in = StandIn.of(self.pipe.scheduler, on_step)
             return stand_in
 
         asked = self._steps_asked(num_inference_steps)
@@ -760,14 +613,14 @@ class PipelinePolicy:
             nonlocal step
             if step == step_index:
                 outputs.append(model_output.float())
-                raise _StepReached
+                raise StepReached
             step += 1
             return sample
 
-        def scheduler(index: list[int]) -> _StandIn:
+        def scheduler(index: list[int]) -> StandIn:
             nonlocal step
             step = 0
-            return _StandIn.of(self.pipe.scheduler, on_step, schedule, asked - len(schedule.timesteps))
+            return StandIn.of(self.pipe.scheduler, on_step, schedule, asked - len(schedule.timesteps))
 
         results = self._run(
             conditioning, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
@@ -795,16 +648,19 @@ class PipelinePolicy:
             (for `"uint8"`); for videos of more than one frame, a list of N lists, or `(N, frames, H, W, 3)`.
         """
         vae = getattr(self.pipe, "vae", None)
-        latents = latents.to(vae.device, vae.dtype) if vae else latents.to(self.device)
+        latents = latents.to(self.device)
+        if vae is not None and output_type != "latent":
+            latents = latents.to(vae.device, vae.dtype)
         schedule, asked = Schedule(torch.zeros(2, device=self.device), torch.zeros(3)), self._steps_asked(2)
 
-        def scheduler(index: list[int]) -> _StandIn:
-            return _StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
+        def scheduler(index: list[int]) -> StandIn:
+            return StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
 
         as_bytes = output_type in ("pil", "uint8")
         results = self._run(
-            conditioning, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type
-        )
+            conditioning, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type,
+            generator=[sample_generator("decode") for _ in latents],
+        )  # fmt: skip
         output = _in_places(results, [result[0] for _, result in results])
         if not as_bytes:
             return output
@@ -874,8 +730,7 @@ class PipelinePolicy:
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
         expected = _in_places([(batch.index, None) for batch in self._calls(conditioning)], outputs).float()
-        if latents.shape != expected.shape:  # some pipelines un-pack what they return
-            latents = self.decode(latents, conditioning, output_type="latent").float()
+        latents = self.decode(latents, conditioning, output_type="latent").float()  # what follows the loop
         difference = math.inf
         if latents.shape == expected.shape:
             difference = ((latents - expected).abs().max() / expected.std()).item()
@@ -887,6 +742,43 @@ class PipelinePolicy:
                 "not follow: please report it, with the class and the arguments. `check_pipeline=False` trains all the same."
             )
         return difference
+
+
+def _giving_back(recorded: list[tuple[str, Any]], stand_in: StandIn, latents: torch.Tensor | None) -> Callable:
+    """
+    What is put around a pipeline's methods so that they return what was recorded, with the given latents; without
+    latents, with those that the pipeline prepares, whose shape the stand-in is told.
+    """
+    pending, depth = defaultdict(list), 0
+    for name, output in reversed(recorded):
+        pending[name].append(output)
+
+    def around(name: str, method: Callable) -> Callable:
+        def given_back(*args, **kwargs):
+            nonlocal depth
+            known = pending[name].pop() if depth == 0 and pending[name] else None
+            prepares = depth == 0 and name == "prepare_latents"
+            if known is not None and not prepares:
+                return known
+            if known is not None and latents is not None:
+                made = known if isinstance(known, torch.Tensor) else known[0]
+                made = latents.to(made.device, made.dtype)
+            else:
+                depth += 1
+                try:
+                    output = method(*args, **kwargs)
+                finally:
+                    depth -= 1
+                if not prepares:
+                    return output
+                made = output if isinstance(output, torch.Tensor) else output[0]
+                stand_in.prepared = made.shape
+                known = output if known is None else known
+            return made if isinstance(known, torch.Tensor) else type(known)((made, *known[1:]))
+
+        return given_back
+
+    return around
 
 
 def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tensor | list:

@@ -24,6 +24,7 @@ from diffusers import (
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
     WanImageToVideoPipeline,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from diffusers.pipelines.wan import pipeline_wan_i2v
@@ -53,6 +54,7 @@ from tests.pipelines import (
     seeded,
     t5_text_encoder,
     t5_tokenizer,
+    wan,
 )
 
 
@@ -76,6 +78,14 @@ def wan_vae() -> AutoencoderKLWan:
         scale_factor_temporal=4,
         scale_factor_spatial=4,
     )
+
+
+@seeded
+def wan_experts() -> WanPipeline:
+    """Wan 2.2 A14B, one denoiser for the first steps and one for the others."""
+    modules = wan().components
+    transformers = {name: WanTransformer3DModel.from_config(modules["transformer"].config) for name in EXPERTS}
+    return build(WanPipeline, **{**modules, **transformers}, boundary_ratio=0.875)
 
 
 @seeded
@@ -337,11 +347,13 @@ VIDEO = {"height": SIZE, "width": SIZE, "num_frames": 5}
 LARGE = {"height": 32, "width": 32, "num_frames": 5}
 WORDS = {"prompt_template": {"template": "system image: user {}", "crop_start": 2}, "max_sequence_length": 16}
 
+EXPERTS = ("transformer", "transformer_2")
 CASES: dict[str, Case] = {
     "WanImageToVideoPipeline": Case(wan_image_to_video, VIDEO, columns={"image": IMAGES}),
     "WanImageToVideoPipeline-2.2": Case(
         lambda: wan_image_to_video(expand_timesteps=True), VIDEO, columns={"image": IMAGES}
     ),
+    "WanPipeline-2.2": Case(wan_experts, VIDEO),
     "LTXPipeline": Case(ltx, LARGE),
     "LTXPipeline-0.9.1": Case(lambda: ltx(timestep_conditioning=True), LARGE),
     "MochiPipeline": Case(mochi, {**LARGE, "num_frames": 7, "max_sequence_length": 32}),

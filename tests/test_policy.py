@@ -1,15 +1,19 @@
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from PIL import Image
 
 from flow_trl.conditioning import PromptCache, each
 from flow_trl.policy import PipelinePolicy
 from flow_trl.rollout import euler_step
 from tests import pipelines
+from tests.pipelines_image import flux2, hunyuan_image
+from tests.pipelines_video import LARGE, kandinsky5
 
 
 PROMPTS = ["a red circle", "two small blue squares beside one large green star", "cat"]
@@ -435,11 +439,47 @@ def test_arguments_that_cannot_be_passed_on(name, reason):
         PipelinePolicy(pipelines.stable_diffusion_3(), **{name: 3})
 
 
-def test_two_denoisers():
-    pipe = pipelines.wan()
-    pipe.register_modules(transformer_2=pipe.transformer)
-    with pytest.raises(ValueError, match="`transformer_2`"):
+def test_latents_that_are_changed_after_the_step():
+    inpaint = StableDiffusionInpaintPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    policy, image = PipelinePolicy(inpaint, **SIZE), Image.new("RGB", (16, 32), "red")
+    conditioning = policy.encode(PROMPTS, image=[image] * 3, mask_image=[image.convert("L")] * 3)
+    with pytest.raises(ValueError, match="cannot be a policy.* changes latents after `scheduler.step`"):
+        policy.start(conditioning, STEPS, generators(0, 1, 2))
+
+
+def test_a_step_that_is_given_a_part_of_the_latents():
+    policy = PipelinePolicy(kandinsky5(visual_cond=True), **LARGE)
+    with pytest.raises(ValueError, match="cannot be a policy.* gives `scheduler.step` a part of the latents"):
+        policy.start(["a cat"], STEPS, generators(0))
+
+
+def test_a_guider_with_momentum():
+    pipe = make("sd").pipe
+    pipe.guider = SimpleNamespace(adaptive_projected_guidance_momentum=-0.5)
+    with pytest.raises(ValueError, match="`pipe.guider` has a momentum"):
         PipelinePolicy(pipe)
+
+
+def test_arguments_that_the_class_does_not_have():
+    pipe = hunyuan_image()
+    with pytest.raises(ValueError, match="`guidance_scale=3.0` is not an argument of `HunyuanImagePipeline.__call__`"):
+        PipelinePolicy(pipe, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="`negative_prompt='bad'` is not an argument of `Flux2Pipeline.__call__`"):
+        PipelinePolicy(flux2(), negative_prompt="bad")
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_the_steps_asked_for_are_run(strength, steps):
+    pipe = StableDiffusionImg2ImgPipeline(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    policy, seen = PipelinePolicy(pipe, strength=strength), []
+    conditioning = policy.encode(["a cat"], image=[Image.new("RGB", (16, 16), "red")])
+    latents, schedule, _ = policy.start(conditioning, steps, generators(0))
+    assert len(schedule.timesteps) == steps
+    policy.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[1].item()))
+    for i in range(steps):
+        policy.predict(latents, i, conditioning, schedule)
+    assert seen == schedule.timesteps.tolist()
 
 
 class TestPromptCache:

@@ -100,7 +100,10 @@ class DDPOTrainer(DiffusionTrainer):
             # DDIM's own defaults would clip latents as if they were pixels.
             options = {name: config.get(name, False) for name in ("clip_sample", "set_alpha_to_one")}
             options["steps_offset"] = config.get("steps_offset") or 1
+            alphas = pipe.scheduler.alphas_cumprod
             pipe.scheduler = DDIMScheduler.from_config(config, **options)
+            if config.get("snr_shift_scale") is not None:  # CogVideoX's, which DDIM does not know
+                pipe.scheduler.alphas_cumprod = alphas
             logger.warning("The scheduler of `model`, %s, is replaced by a DDIMScheduler of its noise schedule.", name)
 
     def _make_scheduler(self, num_inference_steps: int) -> DDIMScheduler:

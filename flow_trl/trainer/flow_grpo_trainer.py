@@ -64,6 +64,12 @@ class FlowGRPOTrainer(DiffusionTrainer):
                 "DDPOTrainer or TDPORTrainer."
             )
 
+        if pipe.scheduler.config.get("invert_sigmas"):
+            raise ValueError(
+                f"`model` ({type(pipe).__name__}) has a scheduler with `invert_sigmas`, whose time runs from 0 to 1; "
+                f"{type(self).__name__} needs noise levels that fall from 1 to 0."
+            )
+
     def _stochastic_steps(self, step: int) -> range:
         first, last = self.args.sde_window_range or (0, self.args.num_inference_steps - 1)
         size = self.args.num_trained_steps

@@ -259,9 +259,9 @@ def other_pipeline():
     return OtherPipeline(pipe.transformer, pipe.scheduler)
 
 
-def two_denoisers():
-    pipe = pipelines.wan()
-    pipe.transformer_2 = pipe.transformer
+def inverted():
+    pipe = pipelines.stable_diffusion_3(t5=False)
+    pipe.scheduler = type(pipe.scheduler)(invert_sigmas=True)
     return pipe
 
 
@@ -403,10 +403,10 @@ TRAINERS = {
         ValueError,
         ["`pipe` (OtherPipeline) cannot be a policy", "does not take ['num_inference_steps', 'generator'"],
     ),
-    "two denoisers": (
-        {"model": two_denoisers},
+    "time that runs backwards": (
+        {"model": inverted},
         ValueError,
-        ["`pipe` (WanPipeline) has two denoisers", "`transformer_2=None, boundary_ratio=None`"],
+        ["`model` (StableDiffusion3Pipeline) has a scheduler with `invert_sigmas`", "from 1 to 0"],
     ),
     "unknown argument of the pipeline": (
         {"args": lambda: config("out", pipeline_kwargs={"hight": 512})},
