@@ -1,5 +1,6 @@
 """What a pipeline computes of prompts and images before it samples: recorded once, then given back for any rows."""
 
+import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -73,12 +74,12 @@ def find_layout(first: Any, second: Any, both: Any) -> Any:
     """
     if isinstance(both, torch.Tensor):
         if not isinstance(first, torch.Tensor) or not first.ndim == second.ndim == both.ndim:
-            raise NoRows
+            raise NoRows("other dimensions")
         sizes = list(zip(first.shape, second.shape, both.shape, strict=True))
         dims = [d for d, (a, b, c) in enumerate(sizes) if 0 < a == b and c == 2 * a]
         dim = dims[0] if dims else None
         if any(c != max(a, b) for d, (a, b, c) in enumerate(sizes) if d != dim):
-            raise NoRows
+            raise NoRows(f"sizes {[tuple(v.shape) for v in (first, second, both)]}")
         return Leaf(dim, first.shape[dim]) if dims else SHARED
     entries = _entries(both)
     if entries is None:
@@ -86,7 +87,7 @@ def find_layout(first: Any, second: Any, both: Any) -> Any:
     if type(first) is type(both) and isinstance(both, list) and len(both) == 2 * len(first) == 2 * len(second) > 0:
         return Leaf(0, len(first))
     if type(first) is not type(both) or not len(first) == len(second) == len(both):
-        raise NoRows
+        raise NoRows("other numbers of outputs")
     return {key: find_layout(first[key], second[key], value) for key, value in entries}
 
 
@@ -114,20 +115,51 @@ def _differ(first: Any, second: Any) -> bool:
     return isinstance(first, torch.Tensor) and first.shape != second.shape
 
 
-def check_order(layout: Any, first: list, second: list, both: list) -> None:
+def find_rows(first: list, second: list, both: list) -> tuple[dict[int, Any], bool]:
     """
-    Checks that two rows put together are in the pipeline's order.
+    Layouts of what each method of a pipeline returned.
+
+    Args:
+        first, second, both (`list`):
+            Outputs of the methods for one prompt, for another one, and for the two in one call.
+
+    Returns:
+        `tuple[dict[int, Any], bool]`: layout by the number of the method, and whether masks of ones are missing for one prompt.
 
     Raises:
-        NoRows: if they are not.
+        NoRows: if `both` does not consist of `first` and `second`.
     """
+    masked = any(map(_lacks_mask, first, both))
+    if masked:
+        first, second, both = ([with_masks(value) for value in values] for values in (first, second, both))
+    layout = find_layout(first, second, both)
+    layout = {i: pad_where_masked(layout[i], first[i], second[i]) for i in layout}
 
     def check(leaf: Leaf, a: Any, b: Any, c: Any) -> None:
-        if leaf.repeats > 1 and isinstance(c, torch.Tensor) and c.is_floating_point() and a.shape == b.shape:
-            if (_joined(leaf, a, b) - c).abs().mean() > 0.1 * c.abs().mean():
-                raise NoRows
+        tensors = isinstance(c, torch.Tensor) and leaf.dim is not None and a.shape == b.shape
+        if tensors and c.is_floating_point() and (_joined(leaf, a, b) - c).abs().mean() > 0.1 * c.abs().mean():
+            raise NoRows("what it computes of two is not what it computes of each")
 
     _map(check, layout, first, second, both)
+    return layout, masked
+
+
+def _lacks_mask(one: Any, both: Any) -> bool:
+    """Whether outputs for one prompt have no mask where those for two have one."""
+    return isinstance(one, tuple) and any(
+        a is None and isinstance(b, torch.Tensor) for a, b in zip(one, both, strict=True)
+    )
+
+
+def with_masks(value: Any) -> Any:
+    """Outputs in which a missing mask, the pipeline's way to say that all tokens count, is one of ones."""
+    if not isinstance(value, tuple):
+        return value
+    filled = list(value)
+    for j, (embeds, mask) in enumerate(zip(value, value[1:], strict=False), 1):
+        if mask is None and isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
+            filled[j] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return tuple(filled)
 
 
 def _row_of(index: int, size: int) -> Callable[[Leaf, Any], Any]:
@@ -200,6 +232,7 @@ class Row:
         layout (`Any`): see [`find_layout`]; `None` if a call can have this row alone.
         names (`tuple[str, ...]`): the pipeline's methods that computed something, in the order of their calls.
         outputs (`list`): what they returned.
+        in_list (`bool`): whether a call takes what is given in lists, with one entry for each prompt.
     """
 
     prompt: str
@@ -207,6 +240,7 @@ class Row:
     layout: Any
     names: tuple[str, ...]
     outputs: list[Any]
+    in_list: bool = False
 
     @cached_property
     def kind(self) -> Any:
@@ -220,7 +254,7 @@ class Row:
     def on(self, device: torch.device) -> "Row":
         """The row on a device."""
         outputs = each(lambda v: to_device(v, device) if isinstance(v, torch.Tensor) else v, self.outputs)
-        row = Row(self.prompt, self.given, self.layout, self.names, outputs)
+        row = dataclasses.replace(self, outputs=outputs)
         if self.layout is not None:
             row.__dict__["kind"] = self.kind
         return row
@@ -305,17 +339,22 @@ class Conditioning:
             if len(rows) > 1:
                 outputs = _map(_joined, rows[0].layout, *(row.outputs for row in rows))
             recorded = list(zip(rows[0].names, outputs, strict=True))
-            batches.append(Batch(index, [row.prompt for row in rows], rows[0].given, recorded))
+            given = rows[0].given
+            if rows[0].in_list and len(rows) > 1:
+                given = {name: [row.given[name] for row in rows] for name in given}
+            batches.append(Batch(index, [row.prompt for row in rows], given, recorded))
         return batches
 
 
-def split_rows(layout: Any, names: tuple[str, ...], outputs: list, prompts: list[str], given: dict) -> list[Row]:
+def split_rows(
+    layout: Any, names: tuple[str, ...], outputs: list, prompts: list[str], given: dict, in_list: bool = False
+) -> list[Row]:
     """The rows of what one call computed of several prompts."""
     if layout is None or len(prompts) == 1:
-        return [Row(prompts[0], given, layout, names, outputs)]
+        return [Row(prompts[0], given, layout, names, outputs, in_list)]
     size = len(prompts)
     return [
-        Row(prompt, given, layout, names, _map(_row_of(index, size), layout, outputs))
+        Row(prompt, given, layout, names, _map(_row_of(index, size), layout, outputs), in_list)
         for index, prompt in enumerate(prompts)
     ]
 

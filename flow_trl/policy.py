@@ -12,22 +12,15 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 
-from .conditioning import (
-    Batch,
-    Conditioning,
-    NoRows,
-    check_order,
-    each,
-    find_layout,
-    has_padding,
-    pad_where_masked,
-    split_rows,
-)
+from .conditioning import Batch, Conditioning, NoRows, each, find_rows, has_padding, split_rows, with_masks
 from .stand_ins import (
     Encoded,
     Experts,
@@ -87,22 +80,53 @@ def _has_tensor(value: Any) -> bool:
     return any(found)
 
 
-def _lacks_mask(one: Any, both: Any) -> bool:
-    """Whether outputs for one prompt have no mask where those for two have one."""
-    return isinstance(one, tuple) and any(
-        a is None and isinstance(b, torch.Tensor) for a, b in zip(one, both, strict=True)
-    )
+@contextmanager
+def _quiet():
+    """Within this context diffusers and transformers log errors only."""
+    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    before = [library.get_verbosity() for library in loggers]
+    for library in loggers:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(loggers, before, strict=True):
+            library.set_verbosity(verbosity)
 
 
-def _with_masks(value: Any) -> Any:
-    """Outputs in which a missing mask, the pipeline's way to say that all tokens count, is one of ones."""
-    if not isinstance(value, tuple):
-        return value
-    filled = list(value)
-    for j, (embeds, mask) in enumerate(zip(value, value[1:], strict=False), 1):
-        if mask is None and isinstance(embeds, torch.Tensor) and embeds.ndim == 3:
-            filled[j] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    return tuple(filled)
+def _inverted(value: Any) -> Any:
+    return Image.eval(value, lambda channel: 255 - channel) if isinstance(value, Image.Image) else value
+
+
+_NO_BATCH = (
+    NoRows,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+class _Found(NamedTuple):
+    """
+    How what a pipeline computes depends on the prompts of a call.
+
+    Args:
+        layout (`Any`): see [`~conditioning.find_layout`]; `None` if a call can have one prompt only.
+        names (`tuple[str, ...]`): the methods that compute something.
+        masked (`bool`): whether masks that are missing are masks of ones.
+        in_lists (`bool`): whether a call takes a list of images, one for each prompt.
+        lengths_differ (`bool`): whether what is computed of two prompts differs in length.
+    """
+
+    layout: Any
+    names: tuple[str, ...]
+    masked: bool
+    in_lists: bool
+    lengths_differ: bool
 
 
 class PipelinePolicy:
@@ -216,8 +240,12 @@ class PipelinePolicy:
                 )
         self._runner_class = runner_class(type(pipe))
         self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
-        self._rows: tuple[Any, tuple[str, ...], bool] | None = None  # layout, methods, whether masks are filled in
-        self._lengths_differ = False
+        self._recorded_of_processors = {
+            part: list(filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)))
+            for part, processor in vars(pipe).items()
+            if part.endswith("_processor")
+        }
+        self._found: _Found | None = None
         self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
         self.forward = self.denoiser
         self.evaluations = 0
@@ -308,9 +336,9 @@ class PipelinePolicy:
         runner.__dict__.update(attributes, safety_checker=None)
         for name in self._recorded:
             runner.__dict__[name] = around(name, getattr(runner, name))
-        for part in [part for part in vars(self.pipe) if part.endswith("_processor")]:
+        for part, names in self._recorded_of_processors.items():
             processor = copy.copy(getattr(self.pipe, part))
-            for name in filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)):
+            for name in names:
                 processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
             runner.__dict__[part] = processor
         for part in [part for part in vars(self.pipe) if part.endswith("guider")]:
@@ -364,33 +392,37 @@ class PipelinePolicy:
         return (output[0].new_empty(0), *output[1:])
 
     def _find_rows(self, prompt: str, given: dict[str, Any]) -> None:
-        """Finds out how what is recorded depends on the prompts, from a prompt, a longer one, and both in one call."""
-        longer = prompt + 20 * " a"
-        (names, first), (_, second) = self._record([prompt], given), self._record([longer], given)
-        filled, layout = False, None
-        try:
-            both_names, both = self._record([prompt, longer], given)
-            if both_names == names:
-                filled = any(map(_lacks_mask, first, both))
-                if filled:
-                    first, second, both = ([_with_masks(v) for v in values] for values in (first, second, both))
-                layout = find_layout(first, second, both)
-                layout = {i: pad_where_masked(layout[i], first[i], second[i]) for i in layout}
-                check_order(layout, first, second, both)
-        except (NoRows, ValueError, RuntimeError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
-            layout = None
-            logger.warning(
-                "%s cannot make a batch of different prompts (%s): its denoiser is evaluated for one sample at a time.",
-                type(self.pipe).__name__, error or "what it computes of two is not what it computes of each",
-            )  # fmt: skip
-        shapes = [[tuple(v.shape) for v in _tensors(value)] for value in (first, second)]
-        self._rows, self._lengths_differ = (layout, names, filled), shapes[0] != shapes[1]
+        """Finds out how what is recorded depends on the prompts, from a prompt, another one, and both in one call."""
+        longer, error = prompt + 20 * " a", None
+        names, first = self._record([prompt], given)
+        singles = bool(given) and not any(isinstance(value, list) for value in given.values())
+        other = {name: each(_inverted, value) for name, value in given.items()}
+        with _quiet():  # the other prompt is nobody's
+            for in_lists in (True, False) if singles else (False,):  # whether a call may have an image for each prompt
+                together = {name: [value, other[name]] for name, value in given.items()} if in_lists else given
+                try:
+                    second = self._record([longer], other if in_lists else given)[1]
+                    both_names, both = self._record([prompt, longer], together)
+                    if both_names != names:
+                        raise NoRows("its methods are called in another order")
+                    layout, masked = find_rows(first, second, both)
+                except _NO_BATCH as caught:
+                    error = caught
+                else:
+                    shapes = [[tuple(v.shape) for v in _tensors(values)] for values in (first, second)]
+                    self._found = _Found(layout, names, masked, in_lists, shapes[0] != shapes[1])
+                    return
+        logger.warning(
+            "%s cannot make a batch of different prompts (%s): its denoiser is evaluated for one sample at a time.",
+            type(self.pipe).__name__, error,
+        )  # fmt: skip
+        self._found = _Found(None, names, False, False, False)
 
     def encodes_in_batches(self, prompts: list[str]) -> bool:
         """Whether what is computed of a prompt does not depend on the others in its call."""
-        if self._rows is None and self.columns:
+        if self._found is None:
             self._find_rows(prompts[0], {})
-        return self._rows[0] is not None and not self._lengths_differ
+        return self._found.layout is not None and not self._found.lengths_differ
 
     @torch.no_grad()
     def encode(self, prompts: list[str], **columns: list) -> Conditioning:
@@ -409,18 +441,17 @@ class PipelinePolicy:
         """
         prompts = list(prompts)
         given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
-        if self._rows is None and prompts:
+        if self._found is None and prompts:
             self._find_rows(prompts[0], given[0])
-        calls = [(prompts, {})]
-        if columns or self._rows[0] is None or (self._lengths_differ and not has_padding(self._rows[0])):
+        found, calls, rows = self._found, [(prompts, {})], []
+        if columns or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
             calls = [([prompt], values) for prompt, values in zip(prompts, given, strict=True)]
-        rows = []
         for texts, values in calls:
-            layout, expected, filled = self._rows
             names, outputs = self._record(texts, values)
-            if filled:
-                outputs = [_with_masks(output) for output in outputs]
-            rows += split_rows(layout if names == expected else None, names, outputs, texts, values)
+            if found.masked:
+                outputs = [with_masks(output) for output in outputs]
+            layout = found.layout if names == found.names else None
+            rows += split_rows(layout, names, outputs, texts, values, found.in_lists)
         return Conditioning(rows)
 
     def _run(
@@ -447,8 +478,8 @@ class PipelinePolicy:
 
     @staticmethod
     def _calls(conditioning: Conditioning) -> list[Batch]:
-        """The calls that begin with noise: one for each row that was given images, from which latents may come."""
-        if not any(row.given for row in conditioning.rows):
+        """The calls that begin with noise: one for each row with images of which a call can have one."""
+        if all(row.in_list or not row.given for row in conditioning.rows):
             return conditioning.batches
         rows = [Conditioning([row]).batches[0] for row in conditioning.rows]
         return [row._replace(index=[place]) for place, row in enumerate(rows)]

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from flow_trl.tiny import load_diffusion_pipeline, load_flow_pipeline, load_language_model
+from flow_trl.tiny.edits import load_edits
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -166,3 +167,14 @@ def test_generation_memory_benchmark():
     assert scored == 16 * 6 and seconds > 0 and peak > held > 0 and kept < 1
     counted = output.split("in GB:\n\n")[1]
     assert counted in (EXAMPLES / "benchmarks/generation_memory.py").read_text()
+
+
+def test_edit_grpo(tmp_path):
+    small = ["--max_steps", "2", "--eval_steps", "2", "--generation_batch_size", "16", "--num_generations", "8"]
+    small += ["--per_device_train_batch_size", "8", "--num_inference_steps", "3", "--eval_num_inference_steps", "1"]
+    rows = rows_of(run("edit_grpo.py", "--output_dir", str(tmp_path), *small))
+    assert {"edit", "edit_strict"} <= rows.keys()
+    grid = Image.open(tmp_path / "images" / "eval-000002.png")
+    assert grid.size == (8 * 32, 4 * 32)  # 16 pairs of an input and its result
+    assert grid.crop((0, 0, 32, 32)).convert("RGB").tobytes() == load_edits("test")[0]["image"].tobytes()
+    load_flow_pipeline().load_lora_weights(tmp_path)
