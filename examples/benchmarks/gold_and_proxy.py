@@ -61,7 +61,8 @@ class Arguments:
 
 
 METHODS = {
-    "DDPO": None,
+    "DDPO": {},
+    "DDPO, control variate": {"control_variate": True},
     "TDPO": {"reset_neurons": "none"},
     "TDPO-R, active": {"reset_neurons": "active"},
     "TDPO-R, dormant": {"reset_neurons": "dormant"},
@@ -96,13 +97,14 @@ TDPO = {"per_device_train_batch_size": 32, "updates_per_generation": 2, "critic_
 def run(method: str, seed: int) -> dict:
     """Trains once; returns the learning curve."""
     started = time.process_time()
-    proxy, is_ddpo = Proxy(seed, num_inference_steps=STEPS), METHODS[method] is None
+    proxy, is_ddpo = Proxy(seed, num_inference_steps=STEPS), method.startswith("DDPO")
     updates_per_generation = DDPO["updates_per_generation"] if is_ddpo else TDPO["updates_per_generation"] * STEPS
     with tempfile.TemporaryDirectory() as folder:
         args = (DDPOConfig if is_ddpo else TDPORConfig)(
             folder,
             **COMMON,
-            **(DDPO if is_ddpo else TDPO | METHODS[method]),
+            **(DDPO if is_ddpo else TDPO),
+            **METHODS[method],
             seed=seed,
             max_steps=GENERATIONS * updates_per_generation,
             eval_on_start=True,
@@ -138,7 +140,7 @@ def run(method: str, seed: int) -> dict:
 
 
 def path_of(folder: str, method: str, seed: int) -> Path:
-    return Path(folder) / f"{method.lower().replace(', ', '_')}-{seed}.json"
+    return Path(folder) / f"{method.lower().replace(', ', '_').replace(' ', '_')}-{seed}.json"
 
 
 def work(arguments: Arguments) -> None:
