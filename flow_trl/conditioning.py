@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -251,9 +252,32 @@ class Row:
         _map(lambda leaf, value: kinds.append(_kind(leaf, value)), self.layout, self.outputs)
         return self.names, tuple(kinds)
 
-    def on(self, device: torch.device) -> "Row":
-        """The row on a device."""
-        outputs = each(lambda v: to_device(v, device) if isinstance(v, torch.Tensor) else v, self.outputs)
+    def on(self, device: torch.device, moved: dict[int, torch.Tensor] | None = None) -> "Row":
+        """The row on a device; `moved` keeps what is there already, by the id of what it was."""
+        moved = {} if moved is None else moved
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) not in moved:
+                moved[id(value)] = to_device(value, device)
+            return moved[id(value)]
+
+        return self._with(each(move, self.outputs))
+
+    def sharing(self, known: MutableMapping[Any, torch.Tensor]) -> "Row":
+        """The row with tensors that are the same for many rows from `known`, to which new ones are added."""
+        if self.layout is None:
+            return self
+
+        def shared(leaf: Leaf, value: Any) -> Any:
+            if leaf.dim is not None or not isinstance(value, torch.Tensor):
+                return value
+            return known.setdefault(_kind(leaf, value), value)
+
+        return self._with(_map(shared, self.layout, self.outputs))
+
+    def _with(self, outputs: list[Any]) -> "Row":
         row = dataclasses.replace(self, outputs=outputs)
         if self.layout is not None:
             row.__dict__["kind"] = self.kind
@@ -323,7 +347,8 @@ class Conditioning:
         Returns:
             [`Conditioning`] of length n.
         """
-        moved = {row: self.rows[row].on(device) for row in dict.fromkeys(rows)}
+        tensors: dict[int, torch.Tensor] = {}
+        moved = {row: self.rows[row].on(device, tensors) for row in dict.fromkeys(rows)}
         return Conditioning([moved[row] for row in rows])
 
     @cached_property
@@ -385,6 +410,7 @@ class PromptCache:
     def __init__(self, policy: "PipelinePolicy", max_bytes: int = 2 * 2**30):
         self.policy, self.max_bytes = policy, max_bytes
         self._rows: OrderedDict[Any, Row] = OrderedDict()
+        self._shared: WeakValueDictionary[Any, torch.Tensor] = WeakValueDictionary()
         self._size = 0
 
     def encode(self, prompts: list[str], **columns: list) -> Conditioning:
@@ -410,7 +436,7 @@ class PromptCache:
             given = {name: [column[i] for i in filled] for name, column in columns.items()}
             embedded = self.policy.encode([prompts[i] for i in filled], **given)
             for i, row in zip(part, embedded.rows, strict=False):
-                self._rows[keys[i]] = row.on(torch.device("cpu"))
+                self._rows[keys[i]] = row.on(torch.device("cpu")).sharing(self._shared)
                 self._size += self._rows[keys[i]].nbytes
         for key in distinct:
             self._rows.move_to_end(key)

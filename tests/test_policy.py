@@ -515,6 +515,15 @@ class TestPromptCache:
         assert len(cache.encode(self.PROMPTS)) == 4  # those of one call are kept
         assert sum(len(set(prompts)) for prompts in encoded) == 4 + 2
 
+    def test_what_all_rows_have_is_kept_and_moved_once(self):
+        policy = PipelinePolicy(pipelines.flux(), height=16, width=16, max_sequence_length=16)
+        cache = PromptCache(policy)
+        rows = [cache.encode([prompt]).rows[0] for prompt in self.PROMPTS]
+        moved = cache.encode(self.PROMPTS).on(torch.device("meta"), [0, 1, 2, 3]).rows
+        for group in (rows, moved):
+            ids = [row.outputs[row.names.index("encode_prompt")][2] for row in group]  # of the tokens of text
+            assert ids[0].numel() and all(other is ids[0] for other in ids)
+
     def test_rows_on_a_device(self, policy):
         conditioning = PromptCache(policy).encode(self.PROMPTS)
         rows = [2, 0, 0, 3]
