@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .conditioning import digest
 from .generation import Generation, Sampled
 from .loading import save_lora
 
@@ -128,6 +129,7 @@ class Checkpoints:
             self.args.sampling_arguments,
             adapters,
             fingerprint(denoiser.parameters()),
+            [(row.prompt, digest(list(row.given.values()))) for row in self._conditioning.rows],
         ]
         text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

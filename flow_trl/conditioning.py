@@ -28,11 +28,13 @@ class Leaf(NamedTuple):
         dim (`int`, *optional*): dimension of the rows (0 for a list); `None` for what all rows of a call share.
         repeats (`int`): how many entries along it a row has, such as 2 for `[negative, positive]`; rows vary faster.
         padded (`bool`): whether rows of different lengths may be filled up with zeros, because a mask says so.
+        absent (`bool`): whether it was `None`.
     """
 
     dim: int | None
     repeats: int = 1
     padded: bool = False
+    absent: bool = False
 
 
 SHARED = Leaf(None)
@@ -84,7 +86,7 @@ def find_layout(first: Any, second: Any, both: Any) -> Any:
         return Leaf(dim, first.shape[dim]) if dims else SHARED
     entries = _entries(both)
     if entries is None:
-        return SHARED
+        return Leaf(None, absent=both is None)
     if type(first) is type(both) and isinstance(both, list) and len(both) == 2 * len(first) == 2 * len(second) > 0:
         return Leaf(0, len(first))
     if type(first) is not type(both) or not len(first) == len(second) == len(both):
@@ -105,6 +107,16 @@ def _padded(layout: Any, first: Any, second: Any) -> Any:
     if isinstance(layout, Leaf):
         return layout._replace(padded=_differ(first, second))
     return {key: _padded(part, first[key], second[key]) for key, part in layout.items()}
+
+
+def fits(layout: Any, outputs: Any) -> bool:
+    """Whether outputs are tensors only where they were when the layout was found."""
+    found = []
+    try:
+        _map(lambda leaf, value: found.append(leaf.absent and isinstance(value, torch.Tensor)), layout, outputs)
+    except (KeyError, IndexError, TypeError):
+        return False
+    return not any(found)
 
 
 def has_padding(layout: Any) -> bool:
@@ -207,6 +219,7 @@ def _kind(leaf: Leaf, value: Any) -> Any:
 def digest(value: Any) -> Any:
     """A key for what may be given for a row: images by their pixels, lists by their entries."""
     if isinstance(value, Image.Image):
+        value = value.convert("RGBA") if value.mode in ("P", "PA") else value
         return value.mode, value.size, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
     if isinstance(value, list | tuple):
         return tuple(map(digest, value))
@@ -285,9 +298,16 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Size of its tensors."""
+        """Size of its tensors and images."""
         sizes = []
-        each(lambda value: sizes.append(value.nbytes) if isinstance(value, torch.Tensor) else None, self.outputs)
+
+        def add(value: Any) -> None:
+            if isinstance(value, torch.Tensor):
+                sizes.append(value.nbytes)
+            elif isinstance(value, Image.Image):
+                sizes.append(value.width * value.height * len(value.getbands()))
+
+        each(add, [self.outputs, list(self.given.values())])
         return sum(sizes)
 
 

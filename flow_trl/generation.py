@@ -139,7 +139,7 @@ class Generation:
 
     def schedule(self, device: torch.device) -> Schedule:
         """The schedule, its timesteps on a device."""
-        return Schedule(self.timesteps.to(device), self.sigmas)
+        return Schedule(self.timesteps.to(device), self.sigmas if self.sigmas.numel() else None)
 
     def save(self, path: str) -> None:
         """Writes the generation to a safetensors file."""
@@ -464,7 +464,7 @@ class Sampler:
             return trajectory._replace(finals=finals), images
 
         def score(chunk: Chunk, images: torch.Tensor) -> torch.Tensor:
-            examples, scores = dataset[chunk.rows], []
+            examples, scores = _rows(dataset, chunk.rows), []
             prompts = examples.pop("prompt")
             for k, part in enumerate(images):
                 finished = k == len(images) - 1
@@ -500,6 +500,12 @@ class Sampler:
                 pixels = part.new_empty(len(latents), *part.shape[1:])
             pixels[rows] = part
         return pixels.unflatten(0, finals.shape[:2])
+
+
+def _rows(dataset: datasets.Dataset, rows: list[int]) -> dict[str, list]:
+    """Columns of some rows, each distinct one read once."""
+    place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return {name: [values[place[row]] for row in rows] for name, values in dataset[list(place)].items()}
 
 
 class ScoringError(Exception):

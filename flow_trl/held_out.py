@@ -14,7 +14,7 @@ from .callbacks import log_image, save_image_grid
 from .conditioning import Conditioning
 from .generation import Chunk
 from .rollout import Trajectory, rollout
-from .utils import sample_generator, to_pil
+from .utils import check_images, sample_generator, to_pil
 
 
 class Evaluations:
@@ -56,6 +56,7 @@ class Evaluations:
             raise ValueError("`eval_dataset=None`: pass one to `evaluate` or to the trainer.")
         if eval_dataset is not self.eval_dataset:
             self._check_dataset("eval_dataset", eval_dataset)
+            check_images("eval_dataset", eval_dataset, self._sampler.columns)
         args, started = self.args, time.perf_counter()
         processes, rank, size = self.accelerator.num_processes, self.accelerator.process_index, len(eval_dataset)
         share = -(-size // processes)

@@ -63,7 +63,23 @@ def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Modu
     Raises:
         ValueError: for what would train something else than is saved, or nothing.
     """
+    partly = [name for name, denoiser in denoisers.items() if getattr(denoiser, "peft_config", None)]
+    if partly and len(partly) < len(denoisers):
+        raise ValueError(
+            f"`model` has an adapter in {partly} and none in its other denoiser: add one to each of {list(denoisers)}, or merge it by "
+            "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
+        )
     for name, module in pipe.components.items():
+        if getattr(module, "_diffusers_hook", None) is not None:
+            raise ValueError(
+                f"`model` has a hook of diffusers in its `{name}` (group offloading, layerwise casting or caching), which does not "
+                "work in training: load it without."
+            )
+        if name.startswith("text_encoder") and getattr(module, "peft_config", None):
+            raise ValueError(
+                f"`model` has a LoRA in its `{name}`, which would not be saved with the one that is trained: merge it by "
+                "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
+            )
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and (getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"):
             raise ValueError(
@@ -110,6 +126,11 @@ def active_adapter(denoiser: torch.nn.Module) -> str:
         )
     name = active[0]
     for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer) and layer.merged:
+            raise ValueError(
+                f"The adapter `{name}` of `model` is fused, so it cannot be trained: also call `pipe.unload_lora_weights()`, and pass "
+                "a `peft_config`."
+            )
         if isinstance(layer, LoraLayer) and name in layer.scaling and name in layer.r:
             root = layer.r[name] ** 0.5 if denoiser.peft_config[name].use_rslora else layer.r[name]
             strength = layer.scaling[name] * root / layer.lora_alpha[name]

@@ -20,7 +20,7 @@ from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from .conditioning import Batch, Conditioning, NoRows, each, find_rows, has_padding, split_rows, with_masks
+from .conditioning import Batch, Conditioning, NoRows, each, find_rows, fits, has_padding, split_rows, with_masks
 from .stand_ins import (
     Encoded,
     Experts,
@@ -287,14 +287,29 @@ class PipelinePolicy:
         Raises:
             ValueError: if one is missing in a data set or is not an argument of the call.
         """
+        takes = [name for name in COLUMNS if name in self._call_defaults]
         if wanted is None:
-            free = [name for name in COLUMNS if name in self._call_defaults and name not in self.call_kwargs]
-            return [name for name in free if all(name in columns for columns in names.values()) and names]
+            there = [name for name in takes if any(name in columns for columns in names.values())]
+            both = [name for name in there if name in self.call_kwargs]
+            if both:
+                raise ValueError(
+                    f"`{both[0]}` is a column of a data set and an argument in `pipeline_kwargs`: leave one of them out, or set "
+                    "`pipeline_columns` to the columns that the pipeline shall be given (`[]`: none)."
+                )
+            for column in there:
+                lacking = [name for name, columns in names.items() if column not in columns]
+                if lacking:
+                    raise ValueError(
+                        f"`{lacking[0]}` has no column `{column}`, which the pipeline is given from another data set: add it, "
+                        "or set `pipeline_columns` to the columns that the pipeline shall be given (`[]`: none)."
+                    )
+            return there
         for column in wanted:
-            if column not in self._call_defaults or column in _RESERVED | set(self.call_kwargs):
+            images = column in COLUMNS or column.endswith(("image", "images", "video"))
+            if column not in self._call_defaults or column in self.call_kwargs or not images:
                 raise ValueError(
                     f"`pipeline_columns={wanted}`: `{column}` is not an argument of `{type(self.pipe).__name__}.__call__` that "
-                    f"can be given for each prompt. Such are {[name for name in COLUMNS if name in self._call_defaults]}."
+                    f"can be given for each prompt. Such are {takes}."
                 )
             for name, columns in names.items():
                 if column not in columns:
@@ -303,8 +318,18 @@ class PipelinePolicy:
                     )
         return list(wanted)
 
-    def _texts(self, prompts: list[str]) -> dict[str, list[str]]:
-        """Prompts and negative prompts; the empty one for pipelines that would leave guidance out without one."""
+    def texts(self, prompts: list[str]) -> dict[str, list[str]]:
+        """
+        What a call is given of texts: prompts and, where there are any, negative prompts (the empty one for pipelines that
+        would leave guidance out without one).
+
+        Args:
+            prompts (`list[str]`):
+                N prompts.
+
+        Returns:
+            `dict[str, list[str]]`: arguments of the call, each of length N.
+        """
         true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
         negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
         prompts = list(prompts)  # pipelines change what they are given
@@ -353,7 +378,8 @@ class PipelinePolicy:
     def _given(self, columns: dict[str, Any]) -> dict[str, Any]:
         """What is given for one prompt, paths as images."""
         return {
-            name: each(lambda v: load_image(v) if isinstance(v, str) else v, value) for name, value in columns.items()
+            name: each(lambda v: load_image(v) if isinstance(v, str | Image.Image) else v, value)
+            for name, value in columns.items()
         }
 
     def _record(self, prompts: list[str], given: dict[str, Any]) -> tuple[tuple[str, ...], list]:
@@ -381,7 +407,7 @@ class PipelinePolicy:
         generator = sample_generator("conditions")
         runner = self._runner(around, StandIn.of(self.pipe.scheduler, reached))
         with self._text_encoders():
-            self._call(runner, prompts, given, num_inference_steps=self._steps_asked(2), generator=generator)
+            self._call(runner, prompts, given, num_inference_steps=self.steps_asked(2), generator=generator)
         return tuple(names), outputs
 
     @staticmethod
@@ -391,13 +417,14 @@ class PipelinePolicy:
             return output.new_empty(0)
         return (output[0].new_empty(0), *output[1:])
 
-    def _find_rows(self, prompt: str, given: dict[str, Any]) -> None:
-        """Finds out how what is recorded depends on the prompts, from a prompt, another one, and both in one call."""
-        longer, error = prompt + 20 * " a", None
-        names, first = self._record([prompt], given)
+    def _find_rows(self, given: dict[str, Any]) -> None:
+        """Finds out how what is recorded depends on the prompts, from a short one, a longer one, and both in one call."""
+        prompt, longer, error = "a", "a" + 20 * " a", None
+        with _quiet():  # nobody gave these prompts
+            names, first = self._record([prompt], given)
         singles = bool(given) and not any(isinstance(value, list) for value in given.values())
         other = {name: each(_inverted, value) for name, value in given.items()}
-        with _quiet():  # the other prompt is nobody's
+        with _quiet():
             for in_lists in (True, False) if singles else (False,):  # whether a call may have an image for each prompt
                 together = {name: [value, other[name]] for name, value in given.items()} if in_lists else given
                 try:
@@ -421,7 +448,7 @@ class PipelinePolicy:
     def encodes_in_batches(self, prompts: list[str]) -> bool:
         """Whether what is computed of a prompt does not depend on the others in its call."""
         if self._found is None:
-            self._find_rows(prompts[0], {})
+            self._find_rows({})
         return self._found.layout is not None and not self._found.lengths_differ
 
     @torch.no_grad()
@@ -442,16 +469,20 @@ class PipelinePolicy:
         prompts = list(prompts)
         given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
         if self._found is None and prompts:
-            self._find_rows(prompts[0], given[0])
+            self._find_rows(given[0])
         found, calls, rows = self._found, [(prompts, {})], []
         if columns or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
             calls = [([prompt], values) for prompt, values in zip(prompts, given, strict=True)]
-        for texts, values in calls:
+        while calls:
+            texts, values = calls.pop(0)
             names, outputs = self._record(texts, values)
             if found.masked:
                 outputs = [with_masks(output) for output in outputs]
-            layout = found.layout if names == found.names else None
-            rows += split_rows(layout, names, outputs, texts, values, found.in_lists)
+            known = found.layout is not None and names == found.names and fits(found.layout, outputs)
+            if known or len(texts) == 1:
+                rows += split_rows(found.layout if known else None, names, outputs, texts, values, found.in_lists)
+            else:
+                calls = [([text], {}) for text in texts]
         return Conditioning(rows)
 
     def _run(
@@ -509,7 +540,7 @@ class PipelinePolicy:
         with torch.set_grad_enabled(grad):
             try:
                 return self._call_function(
-                    runner, **self._texts(prompts), **given, **self.call_kwargs, **kwargs, return_dict=False
+                    runner, **self.texts(prompts), **given, **self.call_kwargs, **kwargs, return_dict=False
                 )
             except StepReached:
                 return None
@@ -562,7 +593,7 @@ class PipelinePolicy:
             stand_in = StandIn.of(self.pipe.scheduler, on_step)
             return stand_in
 
-        asked = self._steps_asked(num_inference_steps)
+        asked = self.steps_asked(num_inference_steps)
         results = self._run(
             conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator
         )
@@ -585,8 +616,17 @@ class PipelinePolicy:
             raise ValueError("The images of a batch have different noise schedules: give them the same size.")
         return Start(_in_places(results, [start[0].float() for start in starts]), schedules[0], conditioning)
 
-    def _steps_asked(self, num_inference_steps: int) -> int:
-        """Argument of `__call__` with which the pipeline runs so many steps."""
+    def steps_asked(self, num_inference_steps: int) -> int:
+        """
+        Argument of `__call__` with which the pipeline runs so many steps.
+
+        Args:
+            num_inference_steps (`int`):
+                Number T of steps that are run.
+
+        Returns:
+            `int`: T, or more where the call has a `strength` below 1.
+        """
         strength = self.call_kwargs.get("strength", self._call_defaults.get("strength"))
         get_timesteps = getattr(type(self.pipe), "get_timesteps", None)
         if strength is None or get_timesteps is None:
@@ -596,7 +636,8 @@ class PipelinePolicy:
         def run(asked: int) -> int:
             timesteps = torch.arange(asked)
             pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=timesteps, order=1))
-            given = {"num_inference_steps": asked, "timesteps": timesteps, "strength": strength, "device": "cpu"}
+            given = dict.fromkeys(("timesteps", "sigmas"), timesteps)
+            given |= {"num_inference_steps": asked, "strength": strength, "device": "cpu"}
             return len(get_timesteps(pipe, **{name: value for name, value in given.items() if name in wanted})[0])
 
         if num_inference_steps not in self._asked:
@@ -638,7 +679,7 @@ class PipelinePolicy:
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32: velocity of a flow model, or noise (or v) of a diffusion model.
         """
-        outputs, step, asked = [], 0, self._steps_asked(len(schedule.timesteps))
+        outputs, step, asked = [], 0, self.steps_asked(len(schedule.timesteps))
 
         def on_step(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             nonlocal step
@@ -682,7 +723,7 @@ class PipelinePolicy:
         latents = latents.to(self.device)
         if vae is not None and output_type != "latent":
             latents = latents.to(vae.device, vae.dtype)
-        schedule, asked = Schedule(torch.zeros(2, device=self.device), torch.zeros(3)), self._steps_asked(2)
+        schedule, asked = Schedule(torch.zeros(2, device=self.device), torch.zeros(3)), self.steps_asked(2)
 
         def scheduler(index: list[int]) -> StandIn:
             return StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
@@ -756,8 +797,8 @@ class PipelinePolicy:
             runner = self._runner(lambda name, method: method, copy.deepcopy(self.pipe.scheduler))
             with self._text_encoders():
                 outputs += runner(
-                    **self._texts(batch.prompts), **batch.given, **self.call_kwargs, output_type="latent",
-                    num_inference_steps=self._steps_asked(num_inference_steps),
+                    **self.texts(batch.prompts), **batch.given, **self.call_kwargs, output_type="latent",
+                    num_inference_steps=self.steps_asked(num_inference_steps),
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
         expected = _in_places([(batch.index, None) for batch in self._calls(conditioning)], outputs).float()
@@ -819,6 +860,11 @@ def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tenso
     places = [place for index, _ in results for place in index]
     order = sorted(range(len(places)), key=places.__getitem__)
     if isinstance(parts[0], torch.Tensor):
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError(
+                "The samples of a batch have different sizes: set `height` and `width` in the pipeline's keyword arguments, or give "
+                "it images of one size."
+            )
         return torch.cat(parts)[order]
     rows = [row for part in parts for row in part]
     return [rows[i] for i in order]

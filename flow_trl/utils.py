@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 from collections import defaultdict
 from types import ModuleType
 from typing import Any
@@ -106,6 +107,37 @@ def check_prompts(name: str, dataset: Any) -> None:
     for index, prompt in enumerate(dataset["prompt"][:]):
         if not isinstance(prompt, str):
             raise TypeError(f"`{name}[{index}]['prompt']` is {prompt!r}: prompts must be strings.")
+
+
+def check_images(name: str, dataset: datasets.Dataset, columns: list[str]) -> None:
+    """
+    Checks that every row has the images that a pipeline is given, without decoding them.
+
+    Args:
+        name (`str`):
+            What the data set is called in the message.
+        dataset ([`~datasets.Dataset`]):
+            The data set.
+        columns (`list[str]`):
+            Columns of images, paths, or lists of them.
+
+    Raises:
+        ValueError: if a column is missing, or a row has nothing or a path without a file in it.
+    """
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ValueError(f"`{name}` has no column `{column}`, which the pipeline is given: add or rename it.")
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        for index, value in enumerate(dataset.select_columns([column])):
+            for entry in value[column] if isinstance(value[column], list) else [value[column]]:
+                entry = entry.get("path") if isinstance(entry, dict) and not entry.get("bytes") else entry
+                missing = isinstance(entry, str) and not entry.startswith("http") and not os.path.isfile(entry)
+                if entry is None or missing:
+                    raise ValueError(
+                        f"`{name}[{index}][{column!r}]` is {entry!r}{', and there is no such file' if missing else ''}: each row "
+                        "needs an image that can be read."
+                    )
 
 
 class Metrics(defaultdict):

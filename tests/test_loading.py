@@ -5,6 +5,7 @@ from peft import LoraConfig
 from flow_trl.loading import load_pipeline, prepare_denoisers
 from flow_trl.policy import PipelinePolicy
 from tests import pipelines
+from tests.pipelines_video import wan_experts
 
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"])
@@ -47,6 +48,19 @@ def spread(pipe):
     pipe.hf_device_map = {"transformer": 0}
 
 
+def fused(pipe):
+    pipe.transformer.add_adapter(LORA, "one")
+    pipe.fuse_lora()
+
+
+def in_the_text_encoder(pipe):
+    pipe.text_encoder.peft_config = {"one": LORA}
+
+
+def hooked(pipe):
+    pipe.vae._diffusers_hook = object()
+
+
 def quantised(pipe):
     pipe.transformer.is_quantized = True
 
@@ -59,6 +73,9 @@ def quantised(pipe):
         (compiled, "compiled by `torch.compile.*`model.transformer.compile\\(\\)` instead"),
         (offloaded, "hook that moves its `vae` to the CPU.*offload_text_encoders=True"),
         (spread, "spread over devices"),
+        (fused, "adapter `one` of `model` is fused.*`pipe.unload_lora_weights\\(\\)`"),
+        (in_the_text_encoder, "LoRA in its `text_encoder`, which would not be saved"),
+        (hooked, "hook of diffusers in its `vae`"),
         (quantised, "`model.transformer` is quantised.*pass a `peft_config`"),
     ],
 )
@@ -67,6 +84,13 @@ def test_what_would_be_trained_in_vain_is_refused(change, message):
     change(pipe)
     with pytest.raises(ValueError, match=message):
         prepare(pipe, None)
+
+
+def test_an_adapter_in_one_of_two_denoisers():
+    pipe = wan_experts()
+    pipe.transformer_2.add_adapter(LORA)
+    with pytest.raises(ValueError, match="adapter in \\['transformer_2'\\] and none in its other denoiser"):
+        prepare(pipe)
 
 
 def test_compiled_in_place():

@@ -482,6 +482,22 @@ def test_the_steps_asked_for_are_run(strength, steps):
     assert seen == schedule.timesteps.tolist()
 
 
+def test_a_prompt_that_is_cut_off_comes_first():
+    prompts = [
+        " ".join(["a red circle on the left of a blue square"] * 6),
+        "three cubes",
+        "a cat",
+        "a dog with a house",
+    ]
+    policy = PipelinePolicy(pipelines.qwen_image(), guidance_scale=1.0, max_sequence_length=16, height=16, width=16)
+    conditioning = PromptCache(policy).encode(prompts)[[3, 2, 1, 0]]
+    latents, schedule, _ = policy.start(conditioning, STEPS, generators(0, 1, 2, 3))
+    together = policy.predict(latents, 1, conditioning, schedule)
+    for i, prompt in enumerate(prompts[::-1]):
+        alone = policy.predict(latents[i : i + 1], 1, policy.encode([prompt]), schedule)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
 class TestPromptCache:
     PROMPTS = ["a red circle", "two small blue squares", "a cat", "a dog with a house"]
 

@@ -75,8 +75,8 @@ class DDPOTrainer(DiffusionTrainer):
         self.moments = PerPromptRunningMoments(
             self.args.per_prompt_stat_tracking_buffer_size, self.args.per_prompt_stat_tracking_min_count
         )
-        scheduler = self._scheduler(self.args.num_inference_steps)
-        first, last = int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])
+        scheduler, first = self._at(0, self.args.num_inference_steps)
+        first, last = int(first), int(scheduler.timesteps[-1])
         if not 0 < last <= first < scheduler.config.num_train_timesteps:
             raise ValueError(
                 f"`num_inference_steps={self.args.num_inference_steps}` makes the timesteps {first} to {last}, of which each "
@@ -120,20 +120,26 @@ class DDPOTrainer(DiffusionTrainer):
         scheduler.set_timesteps(num_inference_steps)
         return scheduler
 
+    def _at(self, step: int, num_inference_steps: int) -> tuple[DDIMScheduler, torch.Tensor]:
+        """The scheduler of a run of so many steps, and the timestep before a step (with `strength`, of the last ones)."""
+        asked = self.policy.steps_asked(num_inference_steps)
+        scheduler = self._scheduler(asked)
+        return scheduler, scheduler.timesteps[step + asked - num_inference_steps]
+
     def _stochastic_steps(self, step: int) -> range:
         return range(self.args.num_inference_steps)
 
     def _transition(
         self, output: torch.Tensor, sample: torch.Tensor, step: int, schedule: Schedule, **kwargs
     ) -> Transition:
-        scheduler = self._scheduler(len(schedule.timesteps))
-        return ddim_step(output, sample, scheduler.timesteps[step], scheduler, eta=self.args.eta, **kwargs)
+        scheduler, timestep = self._at(step, len(schedule.timesteps))
+        return ddim_step(output, sample, timestep, scheduler, eta=self.args.eta, **kwargs)
 
     def _ode_step(
         self, output: torch.Tensor, sample: torch.Tensor, step: int, next_step: int, schedule: Schedule
     ) -> torch.Tensor:
-        scheduler = self._scheduler(len(schedule.timesteps))
-        made = scheduler.step(output, scheduler.timesteps[step], sample)
+        scheduler, timestep = self._at(step, len(schedule.timesteps))
+        made = scheduler.step(output, timestep, sample)
         return made.prev_sample if next_step == step + 1 else made.pred_original_sample
 
     def _key(self, images: torch.Tensor) -> tuple:

@@ -28,7 +28,7 @@ from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
-from ..utils import Metrics, check_prompts, sample_generator
+from ..utils import Metrics, check_images, check_prompts, sample_generator
 from .diffusion_config import DiffusionConfig
 
 
@@ -121,6 +121,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         eval_guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.eval_policy = PipelinePolicy(self.pipe, guidance_scale=eval_guidance, **options)
         columns = self.policy.columns(args.pipeline_columns, {name: data.column_names for name, data in sets.items()})
+        for name, dataset in sets.items():
+            check_images(name, dataset, columns)
         self._sampler = Sampler(self.policy, self.scorer, args.overlap_rewards, columns)
         self._eval_sampler = Sampler(self.eval_policy, self.scorer, args.overlap_rewards, columns)
         self.scorer.check_videos(self.policy.makes_videos)

@@ -1225,7 +1225,9 @@ def test_model_card_of_a_run_without_evaluation(tmp_path):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "full" / "README.md")
     assert "training generations" in card.text and "LoRA" not in card.text
-    assert "2505.05470" in card.text and f'DiffusionPipeline.from_pretrained("{tmp_path / "full"}")' in card.text
+    assert (
+        "2505.05470" in card.text and f'StableDiffusion3Pipeline.from_pretrained("{tmp_path / "full"}")' in card.text
+    )
     assert "lora" not in card.data.tags
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from datasets import Dataset, Image
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image as PILImage
 
+from tests import pipelines
 from tests.pipelines_conditioned import CASES
 from tests.trainer.runs import gray, logged, make_trainer
 
@@ -91,3 +93,77 @@ def test_columns_that_are_not_wanted(tmp_path):
 def test_columns_that_cannot_be_given(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, pipeline_columns=columns)
+
+
+def test_an_evaluation_set_without_the_images(tmp_path):
+    case = CASES["FluxKontextPipeline"]
+    without = Dataset.from_dict({"prompt": TEXTS})
+    with pytest.raises(
+        ValueError, match="`eval_dataset` has no column `image`, which the pipeline is given from another"
+    ):
+        make_trainer(
+            tmp_path, "flow", gray_of, pipe=case.build(), train=rows(), evaluation=without, pipeline_kwargs=case.kwargs
+        )
+
+
+def test_an_image_for_all_and_one_for_each(tmp_path):
+    with pytest.raises(ValueError, match="`image` is a column of a data set and an argument in `pipeline_kwargs`"):
+        train(tmp_path, pipeline_kwargs={**CASES["FluxKontextPipeline"].kwargs, "image": IMAGES[0]})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            [IMAGES[0], None, IMAGES[1], IMAGES[2]],
+            "`train_dataset\\[1\\]\\['image'\\]` is None: each row needs an image",
+        ),
+        (
+            [__file__] * 3 + ["no/such.png"],
+            "`train_dataset\\[3\\]\\['image'\\]` is 'no/such.png', and there is no such file",
+        ),
+    ],
+)
+def test_rows_without_an_image(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, dataset=rows(values=values))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_images_of_other_modes(tmp_path, mode):
+    values = [image.convert(mode) for image in IMAGES]
+    dataset = Dataset.from_dict({"prompt": TEXTS, "image": values}).cast_column("image", Image())
+    assert logged(train(tmp_path, dataset=dataset, reward_funcs=gray_of), "ratio/max_deviation")[0] <= 1e-4
+
+
+def gray_of(images, **columns):
+    return [gray(image) for image in images]
+
+
+def test_samples_of_other_images_are_not_taken(tmp_path):
+    """What was sampled when a reward failed is for the same images."""
+
+    def broken(images, **columns):
+        raise RuntimeError("judge is away")
+
+    with pytest.raises(RuntimeError, match="judge is away"):
+        train(tmp_path, reward_funcs=broken)
+    other = Dataset.from_dict({"prompt": TEXTS, "image": IMAGES[::-1]}).cast_column("image", Image())
+    again = train(tmp_path, dataset=other, reward_funcs=gray_of)
+    fresh = train(tmp_path / "fresh", dataset=other, reward_funcs=gray_of)
+    assert logged(again, "reward") == logged(fresh, "reward")
+
+
+def test_ddpo_from_an_image(tmp_path):
+    """With a strength, only the last timesteps are run."""
+    parts = pipelines.stable_diffusion().components
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    trainer = make_trainer(
+        tmp_path, "ddpo", gray_of, pipe=pipe, train=rows(), check_pipeline=True, pipeline_kwargs={"strength": 0.5}
+    )
+    trainer.train()
+    assert logged(trainer, "check_pipeline/max_deviation")[0] < 1e-3 and logged(trainer, "nfe") == [3, 3][:1]
+    assert trainer._schedule.timesteps.max() < 500
+    card = trainer.create_model_card() or (tmp_path / "README.md").read_text()
+    assert "StableDiffusionImg2ImgPipeline.from_pretrained" in card
+    assert 'pipe(prompt="your prompt", image=image, num_inference_steps=4, ' in card  # of which 2 are run
