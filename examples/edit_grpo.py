@@ -15,6 +15,7 @@ Qwen-Image-Edit) is trained the same way: a data set with the columns `prompt` a
 
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
 from peft import LoraConfig
 from trl import TrlParser
@@ -57,17 +58,23 @@ def main() -> None:
     parser = TrlParser(TPGRPOConfig)
     parser.set_defaults(**TINY)
     (args,) = parser.parse_args_and_config()
-    attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    targets = [f"attn.{name}" for name in targets] + [
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ]
+    pipe = StableDiffusion3Img2ImgPipeline(**tiny.load_flow_pipeline().components)
+    pipe.vae.to(memory_format=torch.channels_last)  # decodes faster on CPUs
     trainer = TPGRPOTrainer(
-        model=StableDiffusion3Img2ImgPipeline(**tiny.load_flow_pipeline().components),
+        model=pipe,
         reward_funcs=[EditReward(), EditReward(strict=True)],
         args=args,
         train_dataset=load_edits("train"),
         eval_dataset=load_edits("test"),
         callbacks=[LearningCurveCallback()],
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=[f"attn.{name}" for name in attention]
-        ),
+        peft_config=LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=targets),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
