@@ -88,7 +88,7 @@ class Evaluations:
         if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
             return
         images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
-        if self._sampler.columns and isinstance(images[0], Image.Image):
+        if self._sampler.columns:
             inputs = dataset[rows[: len(images)]][self._sampler.columns[0]]
             images = [shown for pair in zip(inputs, images, strict=True) for shown in (_shown(*pair), pair[1])]
         step = self.state.global_step
@@ -106,6 +106,8 @@ class Evaluations:
             pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
 
 
-def _shown(given: Any, image: Image.Image) -> Image.Image:
-    """What a prompt came with (the first image of several), in the size of another image."""
-    return load_image(given[0] if isinstance(given, list) else given).convert("RGB").resize(image.size)
+def _shown(given: Any, result: Image.Image | list[Image.Image]) -> Image.Image | list[Image.Image]:
+    """What a prompt came with (the first image of several), in the size of its result: an image, or frames that stand still."""
+    frames = result if isinstance(result, list) else [result]
+    image = load_image(given[0] if isinstance(given, list) else given).resize(frames[0].size)
+    return [image] * len(frames) if isinstance(result, list) else image

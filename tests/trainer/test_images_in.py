@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 
 from tests import pipelines
 from tests.pipelines_conditioned import CASES
+from tests.pipelines_video import CASES as WAN
 from tests.trainer.runs import gray, logged, make_trainer
 
 
@@ -75,6 +76,26 @@ def test_a_control_image(tmp_path):
     trainer = train(tmp_path, "StableDiffusion3ControlNetPipeline", rows("control_image"))
     assert trainer._sampler.columns == ["control_image"]
     assert logged(trainer, "ratio/max_deviation")[0] <= 1e-4
+
+
+def test_a_video_from_an_image(tmp_path):
+    case = WAN["WanImageToVideoPipeline"]
+    frames = []
+
+    def first_frame(images, **columns):
+        frames.append({len(video) for video in images})
+        return [gray(video[0]) for video in images]
+
+    first_frame.accepts_videos = True
+    trainer = make_trainer(
+        tmp_path, "flow", first_frame, pipe=case.build(), train=rows(), evaluation=rows(), pipeline_kwargs=case.kwargs,
+        max_steps=1, check_pipeline=True,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    assert frames[0] == {case.kwargs["num_frames"]} and logged(trainer, "ratio/max_deviation")[0] <= 1e-4
+    grid = PILImage.open(next((tmp_path / "images").glob("eval-*.png"))).convert("RGB")
+    assert np.array_equal(np.asarray(grid)[:16, :16], np.asarray(IMAGES[0]))
 
 
 def test_columns_that_are_not_wanted(tmp_path):
