@@ -14,7 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .credit import control_variate_rewards, incremental_rewards, turning_point_rewards
+from .generation import ScoringError
 from .rollout import Trajectory, rollout
+from .trainer.ddpo_trainer import DDPOTrainer
 from .utils import import_extra, sample_generator
 
 
@@ -165,6 +167,7 @@ def credit_fidelity(
         [`CreditFidelity`]: standard errors are those of a bootstrap over prompts.
 
     Raises:
+        TypeError: if the trainer is not one of flow-matching pipelines.
         ValueError: if an argument does not fit, if no image's reward differs from those of its group, or if there are
             several processes.
 
@@ -177,6 +180,8 @@ def credit_fidelity(
     >>> found.figure().savefig("credit_fidelity.png")
     ```
     """
+    if isinstance(trainer, DDPOTrainer):
+        raise TypeError(f"`trainer` is a {type(trainer).__name__}: pass a TPGRPOTrainer or a FlowGRPOTrainer.")
     args, dataset = trainer.args, trainer.train_dataset
     available = 0 if dataset is None else len(dataset)
     if not 2 <= num_prompts <= available:
@@ -221,16 +226,19 @@ def credit_fidelity(
                 trajectory = trajectory._replace(latents=trajectory.latents.new_zeros(len(own), 0))
             return trajectory
 
-        return trainer._sampler(
-            dataset,
-            rows,
-            sample,
-            batch_size=args.per_device_rollout_batch_size,
-            decode_batch_size=args.per_device_decode_batch_size,
-            finished_functions=trainer.scorer.trained,
-            trainer_state=trainer.state,
-            bar=bar,
-        )
+        try:
+            return trainer._sampler(
+                dataset,
+                rows,
+                sample,
+                batch_size=args.per_device_rollout_batch_size,
+                decode_batch_size=args.per_device_decode_batch_size,
+                finished_functions=trainer.scorer.trained,
+                trainer_state=trainer.state,
+                bar=bar,
+            )
+        except ScoringError as error:
+            raise error.__cause__ from None
 
     def rewards_of(sampled: "Sampled") -> torch.Tensor:
         return trainer.scorer.weighted(sampled.scores).double()

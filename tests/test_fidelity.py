@@ -287,6 +287,19 @@ def test_errors(tmp_path, arguments, words):
         credit_fidelity(make_trainer(tmp_path, reward_funcs=never), **ARGUMENTS | arguments)
 
 
+def test_a_trainer_of_diffusion_pipelines(tmp_path):
+    with pytest.raises(TypeError, match="`trainer` is a DDPOTrainer: pass a TPGRPOTrainer or a FlowGRPOTrainer"):
+        credit_fidelity(make_trainer(tmp_path, "ddpo"), 2, 2)
+
+
+def test_a_reward_that_fails_says_so_itself(tmp_path):
+    def broken(images, **columns):
+        raise KeyError("no such judge")
+
+    with pytest.raises(KeyError, match="no such judge"):
+        credit_fidelity(make_trainer(tmp_path, reward_funcs=broken), 2, 2, disable_tqdm=True)
+
+
 def test_rewards_that_never_differ_are_an_error(tmp_path):
     trainer = make_trainer(tmp_path, train=prompts(easy=range(8)))  # `brightness` gives them all the same
     with pytest.raises(ValueError, match="All 4 images of each of the 2 prompts got the same reward"):
