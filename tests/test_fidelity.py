@@ -289,7 +289,7 @@ def test_errors(tmp_path, arguments, words):
 
 def test_a_trainer_of_diffusion_pipelines(tmp_path):
     with pytest.raises(TypeError, match="`trainer` is a DDPOTrainer: pass a TPGRPOTrainer or a FlowGRPOTrainer"):
-        credit_fidelity(make_trainer(tmp_path, "ddpo"), 2, 2)
+        credit_fidelity(make_trainer(tmp_path, "ddpo"), num_prompts=2)
 
 
 def test_a_reward_that_fails_says_so_itself(tmp_path):
@@ -297,7 +297,7 @@ def test_a_reward_that_fails_says_so_itself(tmp_path):
         raise KeyError("no such judge")
 
     with pytest.raises(KeyError, match="no such judge"):
-        credit_fidelity(make_trainer(tmp_path, reward_funcs=broken), 2, 2, disable_tqdm=True)
+        credit_fidelity(make_trainer(tmp_path, reward_funcs=broken), num_prompts=2, disable_tqdm=True)
 
 
 def test_rewards_that_never_differ_are_an_error(tmp_path):
