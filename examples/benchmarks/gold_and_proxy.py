@@ -62,7 +62,6 @@ class Arguments:
 
 METHODS = {
     "DDPO": {},
-    "DDPO, control variate": {"control_variate": True},
     "TDPO": {"reset_neurons": "none"},
     "TDPO-R, active": {"reset_neurons": "active"},
     "TDPO-R, dormant": {"reset_neurons": "dormant"},

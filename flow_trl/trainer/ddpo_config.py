@@ -38,10 +38,6 @@ class DDPOConfig(DiffusionConfig):
             Noise of the DDIM steps in training, in (0, 1].
         train_timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the T steps that are trained in each generation, drawn for each micro-batch.
-        control_variate (`bool`, *optional*, defaults to `False`):
-            Whether each step's reward is the final one without what the state before the step already told of it
-            ([`~flow_trl.credit.control_variate_rewards`], `outcome=True`), by the reward of the image that the model
-            predicts there. That image costs no evaluation of the denoiser, but is decoded and scored.
         per_prompt_stat_tracking_buffer_size (`int`, *optional*, defaults to `32`):
             Number of rewards that are kept of each prompt, to normalise new ones.
         per_prompt_stat_tracking_min_count (`int`, *optional*, defaults to `16`):
@@ -63,9 +59,6 @@ class DDPOConfig(DiffusionConfig):
     eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation."})
     eta: float = field(default=1.0, metadata={"help": "Noise of the DDIM steps in training, in (0, 1]."})
     train_timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps that are trained."})
-    control_variate: bool = field(
-        default=False, metadata={"help": "Whether a step's reward is without what the state before it told of it."}
-    )
     per_prompt_stat_tracking_buffer_size: int = field(
         default=32, metadata={"help": "Number of rewards that are kept of each prompt."}
     )

@@ -11,7 +11,7 @@ from collections import deque
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from ..credit import PerPromptRunningMoments, control_variates, temporal_advantages
+from ..credit import PerPromptRunningMoments, temporal_advantages
 from ..policy import Schedule
 from ..rollout import Trajectory
 from ..transitions import Transition, ddim_step
@@ -60,7 +60,6 @@ class DDPOTrainer(DiffusionTrainer):
     _card_arguments = DiffusionTrainer._card_arguments + [
         "eta",
         "train_timestep_fraction",
-        "control_variate",
         "per_prompt_stat_tracking_buffer_size",
         "per_prompt_stat_tracking_min_count",
     ]
@@ -107,14 +106,6 @@ class DDPOTrainer(DiffusionTrainer):
                 pipe.scheduler.alphas_cumprod = alphas
             logger.warning("The scheduler of `model`, %s, is replaced by a DDIMScheduler of its noise schedule.", name)
 
-    @property
-    def _needs_completions(self) -> bool:
-        return self.args.control_variate
-
-    @property
-    def _completion_stride(self) -> int:
-        return self.args.num_inference_steps
-
     def _make_scheduler(self, num_inference_steps: int) -> DDIMScheduler:
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps)
@@ -139,8 +130,7 @@ class DDPOTrainer(DiffusionTrainer):
         self, output: torch.Tensor, sample: torch.Tensor, step: int, next_step: int, schedule: Schedule
     ) -> torch.Tensor:
         scheduler, timestep = self._at(step, len(schedule.timesteps))
-        made = scheduler.step(output, timestep, sample)
-        return made.prev_sample if next_step == step + 1 else made.pred_original_sample
+        return scheduler.step(output, timestep, sample, return_dict=False)[0]
 
     def _key(self, images: torch.Tensor) -> tuple:
         """
@@ -158,21 +148,7 @@ class DDPOTrainer(DiffusionTrainer):
     def _advantages(self, scores: torch.Tensor, rows: list[int], trajectory: Trajectory) -> torch.Tensor:
         rewards, penalties = self._normalized(scores, rows), self._step_penalties(trajectory)
         _, returns = temporal_advantages(rewards, torch.zeros_like(penalties), step_penalties=penalties)
-        return returns - self._control(self.scorer.weighted(scores), rewards) if self.args.control_variate else returns
-
-    def _control(self, raw: torch.Tensor, normalized: torch.Tensor) -> torch.Tensor:
-        """What the state before each step told of the final reward, (N, T), in units of the normalised one."""
-
-        def centred(values: torch.Tensor) -> torch.Tensor:
-            groups = values.unflatten(0, (-1, self.args.num_generations))
-            return groups - groups.mean(1, keepdim=True)
-
-        found = control_variates(raw, self.args.num_generations, outcome=True)
-        told = centred(raw[:, -1:] - found.step_rewards)  # (G, n, T)
-        final, same = centred(raw[:, -1]).norm(dim=1), centred(normalized).norm(dim=1)
-        unit = torch.where(final > 0, same / final.where(final > 0, 1.0), 0.0)
-        self._record({f"control_variate/correlation_{k}": c for k, c in enumerate(found.correlation.tolist(), 1)})
-        return (told * unit[:, None, None]).flatten(0, 1)
+        return returns
 
     def _normalized(self, scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Final rewards (N,) by the running moments of their prompts."""

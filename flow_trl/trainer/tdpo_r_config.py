@@ -73,11 +73,6 @@ class TDPORConfig(DDPOConfig):
         for name, default in (("gamma", 1.0), ("critic_encoder", None), ("critic_decoder", None)):
             valid = self.use_critic or getattr(self, name) == default
             self._check(name, valid, "it has a meaning only with `use_critic=True`")
-        self._check(
-            "control_variate",
-            not (self.use_critic and self.control_variate),
-            "the critic says already what a state tells of the reward; it has a meaning only with `use_critic=False`",
-        )
         choices = ("active", "dormant", "all", "none")
         self._check("reset_neurons", self.reset_neurons in choices, f"choose one of {choices}")
         self._check(

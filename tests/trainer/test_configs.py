@@ -53,6 +53,7 @@ COMMAND_LINE = {
     "reward_retries": ("2", 2),
     "reward_on_error": ("none", "none"),
     "out_of_domain_rewards": ("ocr scene", ["ocr", "scene"]),
+    "pipeline_columns": ("image mask_image", ["image", "mask_image"]),
     "ema_decay": ("0.5", 0.5),
     "ema_update_steps": ("2", 2),
     "eval_num_inference_steps": ("20", 20),

@@ -17,7 +17,6 @@ from tests.trainer.runs import (
     gray,
     kept_rewards,
     logged,
-    make_config,
     make_trainer,
     prompts,
     relative,
@@ -339,42 +338,3 @@ def test_saved_lora_gives_the_trained_pipeline(tmp_path, method, words):
     card = (tmp_path / "README.md").read_text()
     assert all(word in card for word in [*words, "| eta | 1.0 |"])
     assert ("critic.safetensors" in card) == (method == "tdpo_r")
-
-
-CONTROL = {"method": "ddpo", "control_variate": True, "train": prompts(4), "max_steps": 1, "overlap_rewards": False}
-
-
-def test_control_variate_by_hand(tmp_path):
-    recorder = Recorder()
-    trainer = make_trainer(tmp_path, reward_funcs=recorder, per_device_rollout_batch_size=16, **CONTROL)
-    trainer.train()
-    R = np.stack(recorder.rewards, axis=1).reshape(4, 4, 4)  # groups, images, what is predicted after 0 to 3 steps
-    centred = R - R.mean(1, keepdims=True)
-    final, expected = centred[..., -1], np.zeros((4, 4, 3))
-    everything = (R[..., -1] - R[..., -1].mean()) / (R[..., -1].std() + 1e-6)  # no prompt has rewards enough yet
-    for group in range(4):
-        others = [g for g in range(4) if g != group]
-        for k in range(3):
-            before = centred[..., k]
-            beta = (final[others] * before[others]).sum() / (before[others] ** 2).sum()
-            expected[group, :, k] = everything[group] - beta * before[group] / (R[..., -1].std() + 1e-6)
-    np.testing.assert_allclose(trainer._generation.advantages, expected.reshape(16, 3), atol=1e-4)
-    assert np.abs(expected - everything[..., None]).max() > 0.05
-    assert logged(trainer, "nfe") == [3]  # the images that are predicted cost no evaluation
-    last = [logged(trainer, f"control_variate/correlation_{k}")[0] for k in (1, 3)]
-    assert np.corrcoef(final.ravel(), centred[..., 0].ravel())[0, 1] == pytest.approx(last[0], abs=1e-4)
-    assert np.corrcoef(final.ravel(), centred[..., 2].ravel())[0, 1] == pytest.approx(last[1], abs=1e-4)
-
-
-def test_control_variate_is_refused_beside_a_critic(tmp_path):
-    with pytest.raises(ValueError, match="`control_variate=True`.*only with `use_critic=False`"):
-        make_config(tmp_path, "tdpo_r", control_variate=True)
-
-
-def test_resumed_run_with_a_control_variate_is_the_straight_one(tmp_path):
-    options = SAVING | {"control_variate": True, "max_steps": 3}
-    expected = make_trainer(tmp_path / "straight", **options)
-    expected.train()
-    resumed = make_trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-1"))
-    assert torch.equal(weights(resumed), weights(expected))
