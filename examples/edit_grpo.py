@@ -58,13 +58,8 @@ def main() -> None:
     parser = TrlParser(TPGRPOConfig)
     parser.set_defaults(**TINY)
     (args,) = parser.parse_args_and_config()
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    targets = [f"attn.{name}" for name in targets] + [
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ]
+    attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    targets = [f"attn.{name}" for name in attention]
     pipe = StableDiffusion3Img2ImgPipeline(**tiny.load_flow_pipeline().components)
     pipe.vae.to(memory_format=torch.channels_last)  # decodes faster on CPUs
     trainer = TPGRPOTrainer(

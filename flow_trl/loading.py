@@ -70,7 +70,8 @@ def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Modu
             "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
         )
     for name, module in pipe.components.items():
-        if getattr(module, "_diffusers_hook", None) is not None:
+        parts = module.modules() if isinstance(module, torch.nn.Module) else ()
+        if any(part._diffusers_hook.hooks for part in parts if hasattr(part, "_diffusers_hook")):
             raise ValueError(
                 f"`model` has a hook of diffusers in its `{name}` (group offloading, layerwise casting or caching), which does not "
                 "work in training: load it without."

@@ -20,7 +20,7 @@ from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from .conditioning import Batch, Conditioning, NoRows, each, find_rows, fits, has_padding, split_rows, with_masks
+from .conditioning import Batch, Conditioning, NoRows, Row, each, find_rows, fits, has_padding, split_rows, with_masks
 from .stand_ins import (
     Encoded,
     Experts,
@@ -406,8 +406,7 @@ class PipelinePolicy:
 
         generator = sample_generator("conditions")
         runner = self._runner(around, StandIn.of(self.pipe.scheduler, reached))
-        with self._text_encoders():
-            self._call(runner, prompts, given, num_inference_steps=self.steps_asked(2), generator=generator)
+        self._call(runner, prompts, given, num_inference_steps=self.steps_asked(2), generator=generator)
         return tuple(names), outputs
 
     @staticmethod
@@ -448,7 +447,8 @@ class PipelinePolicy:
     def encodes_in_batches(self, prompts: list[str]) -> bool:
         """Whether what is computed of a prompt does not depend on the others in its call."""
         if self._found is None:
-            self._find_rows({})
+            with torch.no_grad(), self._text_encoders():
+                self._find_rows({})
         return self._found.layout is not None and not self._found.lengths_differ
 
     @torch.no_grad()
@@ -468,10 +468,14 @@ class PipelinePolicy:
         """
         prompts = list(prompts)
         given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
+        with self._text_encoders():
+            return Conditioning(self._encoded(prompts, given))
+
+    def _encoded(self, prompts: list[str], given: list[dict[str, Any]]) -> list[Row]:
         if self._found is None and prompts:
             self._find_rows(given[0])
         found, calls, rows = self._found, [(prompts, {})], []
-        if columns or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
+        if any(given) or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
             calls = [([prompt], values) for prompt, values in zip(prompts, given, strict=True)]
         while calls:
             texts, values = calls.pop(0)
@@ -483,7 +487,7 @@ class PipelinePolicy:
                 rows += split_rows(found.layout if known else None, names, outputs, texts, values, found.in_lists)
             else:
                 calls = [([text], {}) for text in texts]
-        return Conditioning(rows)
+        return rows
 
     def _run(
         self,
