@@ -159,8 +159,9 @@ def test_rollout_benchmark():
     rows = {cells[1].strip(): cells[2:] for line in output.splitlines() if len(cells := line.split("|")) == 9}
     assert [float(rows[name][0]) for name in ("sequential", "wavefront", "wavefront, stride 2")] == [64, 55, 30]
     assert [int(rows[name][1]) for name in ("sequential", "wavefront")] == [64, 10]
-    differing = int(re.search(r"(\d+) images differ", output).group(1))  # where a pixel was rounded the other way
-    assert differing <= 2 and "| 1 | 100.0% |" in output
+    # By rounding alone, with which the size of a batch has to do on some machines
+    assert float(re.search("largest difference of a final latent ([^,]+),", output).group(1)) < 1e-5
+    assert "| 1 | 100.0% |" in output
 
 
 def test_generation_memory_benchmark():
