@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from torchao import quantization
 
 from flow_trl.loading import load_pipeline, prepare_denoisers
 from flow_trl.policy import PipelinePolicy
@@ -106,7 +107,6 @@ def test_a_folder_saved_without_a_component(tmp_path):
 
 def test_a_quantised_base_with_a_lora_on_top():
     """Of `torchao`: the base keeps its integers, gradients reach the adapter."""
-    quantization = pytest.importorskip("torchao.quantization")
     pipe = pipelines.stable_diffusion_3(t5=False)
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
     policy = PipelinePolicy(pipe, max_sequence_length=16)
