@@ -95,6 +95,9 @@ def fingerprint(weights: Iterable[torch.Tensor]) -> str:
     sums = []
     for weight in weights:
         weight = weight.to_local() if hasattr(weight, "to_local") else weight.detach()
+        if type(weight) is not torch.Tensor and weight.is_floating_point():  # torchao's, which cannot be summed
+            weight = weight.dequantize()
+        weight = weight if weight.is_floating_point() else weight.double()  # of bitsandbytes
         sums += [weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)]
     return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
