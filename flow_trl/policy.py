@@ -74,12 +74,6 @@ class Start(NamedTuple):
     conditioning: Conditioning
 
 
-def _has_tensor(value: Any) -> bool:
-    found = []
-    each(lambda entry: found.append(isinstance(entry, torch.Tensor)), value)
-    return any(found)
-
-
 @contextmanager
 def _quiet():
     """Within this context diffusers and transformers log errors only."""
@@ -394,7 +388,7 @@ class PipelinePolicy:
                     output = method(*args, **kwargs)
                 finally:
                     depth -= 1
-                if depth == 0 and _has_tensor(output):
+                if depth == 0 and _tensors(output):
                     names.append(name)
                     outputs.append(self._without_latents(output) if name == "prepare_latents" else output)
                 return output
