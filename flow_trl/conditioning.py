@@ -449,7 +449,7 @@ class PromptCache:
         keys = [(p, *(digest(column[i]) for column in columns.values())) for i, p in enumerate(prompts)]
         distinct = {key: i for i, key in enumerate(keys)}
         missing = [i for key, i in distinct.items() if key not in self._rows]
-        size = min(len(distinct), 64) if missing and not columns and self.policy.encodes_in_batches(prompts) else 1
+        size = min(len(distinct), 64) if missing and not columns and self.policy.encodes_in_batches() else 1
         for first in range(0, len(missing), size):
             part = missing[first : first + size]
             filled = part + part[-1:] * (size - len(part))

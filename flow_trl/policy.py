@@ -415,9 +415,8 @@ class PipelinePolicy:
         prompt, longer, error = "a", "a" + 20 * " a", None
         with _quiet():  # nobody gave these prompts
             names, first = self._record([prompt], given)
-        singles = bool(given) and not any(isinstance(value, list) for value in given.values())
-        other = {name: each(_inverted, value) for name, value in given.items()}
-        with _quiet():
+            singles = bool(given) and not any(isinstance(value, list) for value in given.values())
+            other = {name: each(_inverted, value) for name, value in given.items()}
             for in_lists in (True, False) if singles else (False,):  # whether a call may have an image for each prompt
                 together = {name: [value, other[name]] for name, value in given.items()} if in_lists else given
                 try:
@@ -438,7 +437,7 @@ class PipelinePolicy:
         )  # fmt: skip
         self._found = _Found(None, names, False, False, False)
 
-    def encodes_in_batches(self, prompts: list[str]) -> bool:
+    def encodes_in_batches(self) -> bool:
         """Whether what is computed of a prompt does not depend on the others in its call."""
         if self._found is None:
             with torch.no_grad(), self._text_encoders():
