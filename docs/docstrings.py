@@ -16,4 +16,4 @@ class TRLDocstrings(griffe.Extension):
     @staticmethod
     def _type(found: re.Match) -> str:
         kinds = re.split(r",? \*optional\*", found[2])[0]  # the default is in the signature
-        return f"{found[1]} ({kinds.replace('`', '')}):"
+        return f"{found[1]} ({re.sub('[`~]', '', kinds)}):"

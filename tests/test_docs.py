@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def blocks_of(page):
 
 
 @pytest.fixture
-def small_world(tmp_path, monkeypatch):
+def small_world(tmp_path, monkeypatch, page):
     """A folder with the data sets that the docs name, small settings, and no Hub."""
     monkeypatch.chdir(tmp_path)
     prompts = [{"prompt": f'a sign that says "{word}"'} for word in ("TEA", "OPEN", "SALE", "EXIT")]
@@ -61,29 +62,29 @@ def small_world(tmp_path, monkeypatch):
     for name, rows in (("prompts", prompts), ("held_out", prompts[:2]), ("problems", problems)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def score(name):
-        reward = ClipScore(tiny.CLIP_FOLDER)
-        reward.__name__ = name
-        return reward
-
+    clip = tiny.load_clip()
     for name in ("aesthetic", "clip_score", "pickscore"):
-        monkeypatch.setitem(rewards.BUILT_IN_REWARDS, name, lambda name=name: score(name))
-    trained = []
+        reward = ClipScore(*clip)
+        reward.__name__ = name
+        monkeypatch.setitem(rewards.BUILT_IN_REWARDS, name, partial(lambda reward: reward, reward))
     for name in ("TPGRPO", "FlowGRPO", "TDPOR", "DDPO", "BlockwiseGRPO"):
         config, trainer = getattr(flow_trl, f"{name}Config"), getattr(flow_trl, f"{name}Trainer")
         small = SMALL | (SMALL_TEXT if name == "BlockwiseGRPO" else SMALL_IMAGES)
-
-        def init(self, *args, make=config.__init__, small=small, **kwargs):
-            make(self, *args, **{**kwargs, **small})
-
-        monkeypatch.setattr(config, "__init__", init)
+        small = {"use_cpu": True} if page.stem == "paper_index" else small  # which trains nothing
+        monkeypatch.setattr(config, "__init__", smaller(config.__init__, small))
         monkeypatch.setattr(trainer, "push_to_hub", lambda self, **kwargs: self.save_model(), raising=False)
-    monkeypatch.setattr(
-        transformers.Trainer,
-        "train",
-        lambda self, train=transformers.Trainer.train: trained.append(self) or train(self),
-    )
+    trained, train = [], transformers.Trainer.train
+
+    def watched(self, *args, **kwargs):
+        trained.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "train", watched)
     return trained
+
+
+def smaller(init, small):
+    return lambda self, *args, **kwargs: init(self, *args, **{**kwargs, **small})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
