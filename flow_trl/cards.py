@@ -110,8 +110,10 @@ def _license(base: str, is_tiny: bool) -> dict[str, str]:
     """The license of a base model, as far as its card can be read."""
     if is_tiny:
         return {"license": "apache-2.0"}
+    readme = Path(base, "README.md")
+    if "/" not in base and not readme.is_file():
+        return {}
     try:
-        readme = Path(base, "README.md")
         data = ModelCard.load(readme).data if readme.is_file() else HfApi().model_info(base, timeout=5).card_data
         found = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
     except Exception as error:  # no card, or no network: the card says nothing about it then
