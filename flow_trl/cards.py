@@ -224,18 +224,20 @@ def _call(trainer: Any) -> str:
 def _pipeline_code(trainer: Any, tiny_loader: str | None) -> str:
     """How to load what was trained, and one call."""
     repo, base, denoisers = trainer._public_repo, public_name(trainer.model_name), trainer.policy.denoisers
-    kind = type(trainer.pipe).__name__
-    known = kind if hasattr(diffusers, kind) else "DiffusionPipeline"
+    kind = type(trainer.pipe)
+    known = kind.__name__ if hasattr(diffusers, kind.__name__) else "DiffusionPipeline"
     name, denoiser = next(iter(denoisers.items()))
     is_peft = trainer.is_lora and isinstance(denoiser, PeftModel)
     lines = [f"from diffusers import {known}"]
     if tiny_loader and trainer.is_lora:
-        plain = kind in ("StableDiffusion3Pipeline", "StableDiffusionPipeline")
+        plain = known in ("StableDiffusion3Pipeline", "StableDiffusionPipeline")
         lines = [*([] if plain else lines), f"from flow_trl.tiny import {tiny_loader}"]
-        lines += ["", f"pipe = {tiny_loader}()" if plain else f"pipe = {kind}(**{tiny_loader}().components)"]
+        lines += ["", f"pipe = {tiny_loader}()" if plain else f"pipe = {known}(**{tiny_loader}().components)"]
     else:
         lines += ["from peft import PeftModel"] if is_peft else []
-        lines += ["", f'pipe = {known}.from_pretrained("{base if trainer.is_lora else repo}")']
+        absent = [n for n, part in trainer.pipe.components.items() if part is None and n not in kind._optional_components]
+        options = "".join(f", {part}=None" for part in absent)
+        lines += ["", f'pipe = {known}.from_pretrained("{base if trainer.is_lora else repo}"{options})']
     if is_peft:
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repo}")')
     elif trainer.is_lora and not hasattr(trainer.pipe, "load_lora_weights"):
