@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[math,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Teaches a language model to solve problems and to say how likely its solution is right, with one advantage for the

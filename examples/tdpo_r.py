@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a diffusion pipeline with TDPO-R, or with what it is compared with, and watches whether rewards that are not

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[ocr,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a flow-matching pipeline with credit for each step, and shows what it learnt: a table and pictures from before and

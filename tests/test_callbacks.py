@@ -118,32 +118,9 @@ def test_pictures_reach_the_tracker(monkeypatch, tracker):
     ]
 
 
-def test_pictures_reach_mlflow(monkeypatch):
-    sent = []
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_image=lambda *args, **kwargs: sent.append(kwargs)))
-    log_image(tiles(1)[0], "images/eval", 7, ["mlflow"], [])
-    assert sent == [{"key": "images_eval", "step": 7}]
-
-
 def test_unknown_tracker_is_told(caplog):
     log_image(tiles(1)[0], "images/eval", 7, ["swanlab"], [])
     assert "swanlab" in caplog.text
-
-
-def test_pictures_reach_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from transformers.integrations import TensorBoardCallback
-
-    callback = TensorBoardCallback()
-    args = TrainingArguments(str(tmp_path), logging_dir=str(tmp_path / "logs"), report_to=[], use_cpu=True)
-    callback.on_train_begin(args, TrainerState(), TrainerControl())
-    log_image(tiles(1)[0], "images/eval", 7, ["tensorboard"], [callback])
-    callback.tb_writer.flush()
-    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent), size_guidance={"images": 0})
-    events.Reload()
-    (event,) = events.Images("images/eval")
-    assert (event.step, event.width, event.height) == (7, 6, 4)
 
 
 def test_learning_curve(tmp_path, monkeypatch):
