@@ -179,7 +179,9 @@ def _strip(frames: list[Image.Image]) -> Image.Image:
 
 def save_captions(path: str | Path, captions: list[dict[str, Any]], columns: int) -> None:
     """Writes, beside a grid, what its images show, from which [`read_grid`] cuts it up again."""
-    Path(path).with_suffix(".json").write_text(json.dumps({"columns": columns, "captions": captions}), encoding="utf-8")
+    Path(path).with_suffix(".json").write_text(
+        json.dumps({"columns": columns, "captions": captions}), encoding="utf-8"
+    )
 
 
 def read_grid(path: str | Path) -> list[tuple[Image.Image, dict[str, Any]]]:

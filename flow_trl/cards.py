@@ -235,7 +235,9 @@ def _pipeline_code(trainer: Any, tiny_loader: str | None) -> str:
         lines += ["", f"pipe = {tiny_loader}()" if plain else f"pipe = {known}(**{tiny_loader}().components)"]
     else:
         lines += ["from peft import PeftModel"] if is_peft else []
-        absent = [n for n, part in trainer.pipe.components.items() if part is None and n not in kind._optional_components]
+        absent = [
+            n for n, part in trainer.pipe.components.items() if part is None and n not in kind._optional_components
+        ]
         options = "".join(f", {part}=None" for part in absent)
         lines += ["", f'pipe = {known}.from_pretrained("{base if trainer.is_lora else repo}"{options})']
     if is_peft:
@@ -308,7 +310,10 @@ def _pictures(output_dir: Path, updates: int) -> tuple[dict[str, str], list[dict
     if not pictures and grids:
         shown = ([path for path in grids if path.name.startswith("eval")] or grids)[-1]
         pictures["Samples"] = f"images/{shown.name}"
-    for title, name in (("Learning curve", "learning_curve.png"), ("Rewards that are not trained", "over_optimization.png")):
+    for title, name in (
+        ("Learning curve", "learning_curve.png"),
+        ("Rewards that are not trained", "over_optimization.png"),
+    ):
         if (output_dir / name).is_file():
             pictures[title] = name
     return pictures, widget
@@ -354,7 +359,10 @@ def diffusion_card(
         hyperparameters["LoRA rank, alpha"] = f"{lora.r}, {lora.lora_alpha}"
         hyperparameters["LoRA target modules"] = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     weights = zip(trainer.scorer.names, trainer.scorer.weights.tolist(), strict=True)
-    cost = {"denoiser evaluations": trainer._totals["total_nfe"], "scored images": trainer._totals["total_reward_calls"]}
+    cost = {
+        "denoiser evaluations": trainer._totals["total_nfe"],
+        "scored images": trainer._totals["total_reward_calls"],
+    }
     return _card(
         trainer,
         trainer.model_name,
@@ -484,7 +492,11 @@ def language_card(
         hyperparameters["LoRA rank, alpha"] = f"{lora.r}, {lora.lora_alpha}"
     seen = {"tokens": int(trainer.state.num_input_tokens_seen)} if trainer.state.num_input_tokens_seen else {}
     updates = trainer.state.global_step
-    cost = {"sampled completions": updates * args.generation_batch_size // max(1, args.steps_per_generation * args.num_iterations)}
+    cost = {
+        "sampled completions": updates
+        * args.generation_batch_size
+        // max(1, args.steps_per_generation * args.num_iterations)
+    }
     pictures = {"Reliability diagram": "reliability_diagram.png"}
     return _card(
         trainer,
@@ -496,7 +508,10 @@ def language_card(
         is_tiny=is_tiny,
         task="text-generation",
         tables=_measures(output_dir, trainer),
-        data={"library_name": "peft" if is_lora else "transformers", "tags": [*(["lora"] if is_lora else []), *trainer._tag_names]},
+        data={
+            "library_name": "peft" if is_lora else "transformers",
+            "tags": [*(["lora"] if is_lora else []), *trainer._tag_names],
+        },
         intro="A LoRA for" if is_lora else "A fine-tuned version of",
         images=False,
         pictures={title: name for title, name in pictures.items() if (output_dir / name).is_file()},

@@ -107,9 +107,7 @@ class Evaluations:
         texts = [caption_text(caption) for caption in captions if not caption.get("given")]
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
 
-    def _save_completions(
-        self, images: list, table: dict[str, list], rows: list[int], rewards: list[float]
-    ) -> None:
+    def _save_completions(self, images: list, table: dict[str, list], rows: list[int], rewards: list[float]) -> None:
         """A grid of training images, and a table of all images of their generation."""
         self._save_images(images, "train", self.train_dataset, rows, rewards)
         if self.is_world_process_zero():

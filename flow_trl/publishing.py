@@ -32,7 +32,17 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "training_args.yaml"
 PUBLIC_SUFFIXES = {".safetensors", ".json", ".md", ".yaml", ".txt", ".model", ".jinja", ".png", ".gif"}
-PRIVATE = ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "wandb", "trackio", "mlruns", "completions", TRAINER_STATE_NAME]
+PRIVATE = [
+    "_*",
+    ".*",
+    f"{PREFIX_CHECKPOINT_DIR}-*",
+    "runs",
+    "wandb",
+    "trackio",
+    "mlruns",
+    "completions",
+    TRAINER_STATE_NAME,
+]
 SECONDS_TO_CREATE = 30.0
 _NAMES = ("name_or_path", "best_model_checkpoint")  # ends of keys whose values may be paths
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -290,7 +300,9 @@ class Publishing:
         error = failed.exception() if isinstance(failed, Future) else failed
         if error is not None and self._push_failure is None:
             self._push_failure = f"{type(error).__name__}: {error}"
-            logger.warning("The push to the Hub failed (%s). Training goes on. %s", self._push_failure, self._how_to_push())
+            logger.warning(
+                "The push to the Hub failed (%s). Training goes on. %s", self._push_failure, self._how_to_push()
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -395,7 +407,9 @@ class Publishing:
         folders = {"": self._snapshot(args.output_dir, public_files(args.output_dir))}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            files = [path.relative_to(checkpoint_folder) for path in Path(checkpoint_folder).rglob("*") if path.is_file()]
+            files = [
+                path.relative_to(checkpoint_folder) for path in Path(checkpoint_folder).rglob("*") if path.is_file()
+            ]
             folders[name] = self._snapshot(checkpoint_folder, files)
         push = run_as_future(self._upload_snapshots, folders, message)
         push.add_done_callback(self._tell_failure)
@@ -417,7 +431,9 @@ class Publishing:
                 card = Path(snapshot, "README.md")
                 if card.is_file():  # written before the repository's name was known
                     card.write_text(_for_readers(card.read_text(), Path(self.args.output_dir), self.hub_model_id))
-                _upload(snapshot, self.hub_model_id, message, self.args.hub_token, self.args.hub_revision, path_in_repo)
+                _upload(
+                    snapshot, self.hub_model_id, message, self.args.hub_token, self.args.hub_revision, path_in_repo
+                )
         finally:
             for snapshot in folders.values():
                 shutil.rmtree(snapshot, ignore_errors=True)

@@ -141,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             files = json.loads(body)["files"]
             mode = {True: "lfs", False: "regular"}
             binary = (".safetensors", ".png", ".gif", ".pt", ".pth", ".bin")
-            files = [{**file, "uploadMode": mode[file["path"].endswith(binary)], "shouldIgnore": False} for file in files]
+            files = [
+                {**file, "uploadMode": mode[file["path"].endswith(binary)], "shouldIgnore": False} for file in files
+            ]
             return self._answer({"files": files})
         if action == "commit":
             return self._commit(name, repo, [json.loads(line) for line in body.splitlines()])
@@ -201,7 +203,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     # What was read from the environment when it was imported
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

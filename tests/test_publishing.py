@@ -34,7 +34,9 @@ def code_of(card):
 
 def put_on_hub(pipe, repo, folder):
     pipe.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: small-model\nlicense_link: LICENSE.md\n---\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: small-model\nlicense_link: LICENSE.md\n---\n"
+    )
     HfApi().create_repo(repo)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -138,7 +140,12 @@ def test_pushing_while_training(tmp_path, hub, strategy):
 
 def test_pushing_a_language_model_while_training(tmp_path, hub):
     trainer = text_runs.make_trainer(
-        tmp_path / "run", push_to_hub=True, hub_strategy="checkpoint", save_strategy="steps", save_steps=1, hub_token=TOKEN
+        tmp_path / "run",
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        save_strategy="steps",
+        save_steps=1,
+        hub_token=TOKEN,
     )
     trainer.train()
     files = published(hub, "me/run")
@@ -164,7 +171,9 @@ def test_only_what_users_need_goes_up(tmp_path, hub):
     repo = hub.repos["me/run"].files
     assert not [name for name in repo if name.endswith((".bin", ".pt", ".pth", ".pkl", ".parquet"))]
     assert not [name for name in repo if "checkpoint" in name or "events" in name or name.startswith(("runs", "_"))]
-    assert {"before_after.png", "images/eval-000002.png", "images/sample-0.png", "transformer/config.json"} <= set(repo)
+    assert {"before_after.png", "images/eval-000002.png", "images/sample-0.png", "transformer/config.json"} <= set(
+        repo
+    )
     for name, data in repo.items():
         assert TOKEN.encode() not in data and str(tmp_path).encode() not in data, name
     assert "secret-folder" not in repo["README.md"].decode()
@@ -265,7 +274,10 @@ def test_names_without_paths(name, expected, monkeypatch):
 
 def test_configuration_without_secrets(tmp_path):
     config = runs.make_config(
-        tmp_path, hub_token=TOKEN, model_init_kwargs={"token": TOKEN, "variant": "fp16"}, negative_prompt=f"not {TOKEN}"
+        tmp_path,
+        hub_token=TOKEN,
+        model_init_kwargs={"token": TOKEN, "variant": "fp16"},
+        negative_prompt=f"not {TOKEN}",
     )
     public = public_config(config)
     assert public["model_init_kwargs"] == {"variant": "fp16"}
@@ -285,7 +297,10 @@ def test_files_that_name_their_base_name_no_path(tmp_path):
     files = public_files(folder)
     assert [str(file) for file in files] == ["README.md", "adapter_config.json", "tokenizer.json"]
     stage(folder, target, "me/run", files)
-    assert json.loads((target / "adapter_config.json").read_text()) == {"base_model_name_or_path": tmp_path.name, "r": 4}
+    assert json.loads((target / "adapter_config.json").read_text()) == {
+        "base_model_name_or_path": tmp_path.name,
+        "r": 4,
+    }
     assert (target / "README.md").read_text().startswith('load("me/run") and')
     assert (target / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 

@@ -4,7 +4,6 @@ import time
 from abc import abstractmethod
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets

@@ -1084,7 +1084,10 @@ def test_grids_of_training_images(tmp_path):
         tmp_path, reward_funcs=recorder, max_steps=3, log_completions=True, save_strategy="steps", save_steps=1
     )
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "images").glob("*.png")) == ["train-000001.png", "train-000003.png"]
+    assert sorted(path.name for path in (tmp_path / "images").glob("*.png")) == [
+        "train-000001.png",
+        "train-000003.png",
+    ]
     grid = np.asarray(Image.open(tmp_path / "images" / "train-000003.png"))
     assert np.array_equal(grid, np.concatenate(recorder.images[-1][:4], axis=1))  # finished images
     # a generation that was begun before the run was stopped leaves no grid
@@ -1197,9 +1200,7 @@ def test_model_card_of_a_run_without_evaluation(tmp_path):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "full" / "README.md")
     assert "last training generation; nothing was held out" in card.text and "LoRA" not in card.text
-    assert (
-        "2505.05470" in card.text and f'StableDiffusion3Pipeline.from_pretrained("{tmp_path / "full"}"' in card.text
-    )
+    assert "2505.05470" in card.text and f'StableDiffusion3Pipeline.from_pretrained("{tmp_path / "full"}"' in card.text
     assert "lora" not in card.data.tags and card.data.eval_results is None
 
 
