@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Table:
     measure: str
     results: list[Result]
     dataset: datasets.Dataset | None = None
-    name: str = "held-out prompts"
+    name: str | None = None  # of the held-out data; `None`: nothing was held out, and it is in no `model-index`
 
     def shown(self) -> dict[str, Any]:
         rows = [
@@ -81,13 +81,13 @@ class Table:
 
     def eval_results(self, task: str) -> list[EvalResult]:
         hub_id = _hub_dataset(self.dataset)
-        split = None if self.dataset is None or self.dataset.split is None else str(self.dataset.split)
+        split = getattr(self.dataset, "split", None)
         return [
             EvalResult(
                 task_type=task,
                 dataset_type=hub_id or "custom",
                 dataset_name=hub_id or self.name,
-                dataset_split=split or "test",
+                dataset_split=str(split or "test"),
                 metric_type=result.metric,
                 metric_name=result.name,
                 metric_value=result.after,
@@ -106,15 +106,20 @@ def _hub_dataset(dataset: datasets.Dataset | None) -> str | None:
     return None
 
 
+@cache  # what it raises is not kept
+def _card_data(base: str) -> ModelCardData:
+    readme = Path(base, "README.md")
+    return ModelCard.load(readme).data if readme.is_file() else HfApi().model_info(base, timeout=5).card_data
+
+
 def _license(base: str, is_tiny: bool) -> dict[str, str]:
     """The license of a base model, as far as its card can be read."""
     if is_tiny:
         return {"license": "apache-2.0"}
-    readme = Path(base, "README.md")
-    if "/" not in base and not readme.is_file():
+    if "/" not in base and not Path(base, "README.md").is_file():
         return {}
     try:
-        data = ModelCard.load(readme).data if readme.is_file() else HfApi().model_info(base, timeout=5).card_data
+        data = _card_data(base)
         found = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
     except Exception as error:  # no card, or no network: the card says nothing about it then
         logger.debug("The license of `%s` is not known: %s", base, error)
@@ -168,7 +173,7 @@ def _card(
     name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     on_hub = "/" in public and not is_tiny
-    results = [result for table in tables if table.dataset is not None for result in table.eval_results(task)]
+    results = [result for table in tables if table.name for result in table.eval_results(task)]
     trained_on = dataset_name or _hub_dataset(trainer.train_dataset)
     return ModelCard.from_template(
         ModelCardData(
@@ -431,7 +436,7 @@ def _measures(folder: Path, trainer: Any) -> list[Table]:
             total = round(stated / (1 - after["unparsable"])) if after["unparsable"] < 1 else "all"
             title = f"Held out, ± standard error. {stated} of {total} completions had a confidence"
             title += ", without which they do not count for ECE, AUROC and Brier score."
-        return [Table(title, "measure", found, trainer.eval_dataset or trainer.train_dataset, "held-out problems")]
+        return [Table(title, "measure", found, trainer.eval_dataset, "held-out problems")]
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = [f"rewards/{name}/mean" for name in trainer.reward_func_names]
     found = [Result(n, n.split("/", 1)[1].removesuffix("/mean"), logs[-1][n]) for n in names if logs and n in logs[-1]]
