@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 from PIL import Image
 
+from . import __version__
 from .callbacks import read_grid, save_before_and_after
 from .loading import active_adapter
 from .publishing import public_name
@@ -131,7 +132,8 @@ def _license(base: str, is_tiny: bool) -> dict[str, str]:
 
 
 def _versions(*packages: str) -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = {"flow-trl": __version__} | {name: importlib.metadata.version(name) for name in packages}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _hardware(trainer: Any) -> str:
@@ -391,7 +393,7 @@ def diffusion_card(
         hyperparameters=hyperparameters,
         reward_weights=", ".join(f"`{name}` {weight}" for name, weight in weights),
         cost={**cost, **_hours(trainer), "hardware": _hardware(trainer)},
-        versions=_versions("flow-trl", "diffusers", "transformers", "peft", "torch"),
+        versions=_versions("diffusers", "transformers", "peft", "torch"),
     )
 
 
@@ -525,5 +527,5 @@ def language_card(
         blocks=blocks,
         hyperparameters=hyperparameters,
         cost={**cost, **seen, **_hours(trainer), "hardware": _hardware(trainer)},
-        versions=_versions("flow-trl", "trl", "transformers", "torch"),
+        versions=_versions("trl", "transformers", "torch"),
     )
