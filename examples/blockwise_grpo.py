@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[math,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Teaches a language model to solve problems and to say how likely its solution is right, with one advantage for the
@@ -18,7 +21,6 @@ setting):
         --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name problems.jsonl --use_vllm
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOTrainer, TrlParser
 
 from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer, tiny
-from flow_trl.evaluation import reliability_diagram, sample_completions, score_confidence
+from flow_trl.evaluation import sample_completions, save_results, score_confidence
 from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
@@ -189,24 +191,19 @@ def sample(
 
 
 def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: dict[str, str]) -> None:
-    """Saves results, model and card, pushes them if asked to, and prints a table of the named measures."""
-    folder = Path(trainer.args.output_dir)
+    """Saves results, prints a table of the named measures, saves model and card, and pushes them if asked to."""
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        valid = json.loads(json.dumps(results), parse_constant=lambda nan: None)
-        (folder / "results.json").write_text(json.dumps(valid, indent=2))
-    trainer.create_model_card(model_name=folder.name)
+        save_results(results, trainer.args.output_dir)
+        print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
+        print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
+        for when, result in results.items():
+            cells = [
+                f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
+                for key in measures
+            ]
+            print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
+    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name)
     trainer.save_model()  # and push, with `--push_to_hub`
-    if not trainer.is_world_process_zero():
-        return
-    print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
-    print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
-    for when, result in results.items():
-        cells = [
-            f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
-            for key in measures
-        ]
-        print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
 
 
 def main() -> None:
@@ -225,8 +222,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results["after"] = evaluate()
 
-    if trainer.is_world_process_zero():
-        reliability_diagram(results, Path(args.output_dir) / "reliability_diagram.png")
     measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score"}
     finish(trainer, results, measures | {"format": "format", "unparsable": "no confidence"})
     if trainer.is_world_process_zero():

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a diffusion pipeline with TDPO-R, or with what it is compared with, and watches whether rewards that are not
@@ -186,11 +189,9 @@ def main() -> None:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
     if trainer.is_world_process_zero():
-        save_before_and_after(args.output_dir, eval_dataset["prompt"][: args.num_images_to_save])
+        save_before_and_after(args.output_dir)
         print(f"\nHeld out: {len(eval_dataset)} prompts, one image each\n")
         print(reward_table(trainer.state.log_history))
         folder = Path(args.output_dir)
@@ -198,6 +199,8 @@ def main() -> None:
             f"\nIn {folder}: over_optimization.png, before_after.png, learning_curve.png, images/, the LoRA and its card "
             "(README.md)"
         )
+    if args.push_to_hub:  # again, with the pictures
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[ocr,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a flow-matching pipeline with credit for each step, and shows what it learnt: a table and pictures from before and
@@ -208,8 +211,6 @@ def main() -> None:
     if evaluated[-1:] != [trainer.state.global_step]:
         trainer.evaluate()
     trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
     if trainer.is_world_process_zero():
         columns = eval_dataset[: args.num_images_to_save]
@@ -218,11 +219,13 @@ def main() -> None:
         def score(images: list) -> list[float]:
             return trainer.scorer(images, prompts, columns, functions=[judge])[:, judge].tolist()
 
-        save_before_and_after(args.output_dir, prompts, score)
+        save_before_and_after(args.output_dir, score)
         print(f"\nHeld out: {len(eval_dataset)} prompts, one image each\n")
         print(reward_table(trainer.state.log_history))
         folder = Path(args.output_dir)
         print(f"\nIn {folder}: before_after.png, learning_curve.png, images/, the LoRA and its card (README.md)")
+    if args.push_to_hub:  # again, with the pictures
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

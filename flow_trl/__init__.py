@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .trainer.tp_grpo_config import TPGRPOConfig as TPGRPOConfig
     from .trainer.tp_grpo_trainer import TPGRPOTrainer as TPGRPOTrainer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _MODULES = {
     "Block": "flow_trl.blocks",

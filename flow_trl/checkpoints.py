@@ -167,7 +167,6 @@ class Checkpoints:
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self.save_model(_internal_call=True)
             self._push_from_checkpoint(os.path.join(folder, name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -241,8 +240,6 @@ class Checkpoints:
                     denoiser.save_pretrained(os.path.join(output_dir, name))
             else:
                 self.pipe.save_pretrained(output_dir)
-        if output_dir == self.args.output_dir:
-            self.create_model_card()
 
     def _raise_together(self, sampled: Sampled | BaseException) -> None:
         """If scoring failed on one process, ends training on all, with a checkpoint from which a run goes on."""

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import load_image
 from PIL import Image
 
-from .callbacks import log_image, save_image_grid
+from .callbacks import FRAMES_SHOWN, caption_text, log_image, save_captions, save_image_grid
 from .conditioning import Conditioning
 from .generation import Chunk
 from .rollout import Trajectory, rollout
@@ -79,27 +79,37 @@ class Evaluations:
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self._save_images(sampled.images, metric_key_prefix, eval_dataset, rows)
+        shown = len(sampled.images)
+        self._save_images(sampled.images, metric_key_prefix, eval_dataset, rows[:shown], rewards[:shown].tolist())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_images(self, images: list, name: str, dataset: datasets.Dataset, rows: list[int]) -> None:
-        """A grid of images, each after the one that its prompt came with, if there is one."""
-        if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
+    def _save_images(
+        self, images: list, name: str, dataset: datasets.Dataset, rows: list[int], rewards: list[float]
+    ) -> None:
+        """A grid of images, each after the one that its prompt came with, if there is one, and their captions."""
+        count = self.args.num_images_to_save
+        if not self.is_world_process_zero() or not images or not count:
             return
-        images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
+        images, shown = to_pil(torch.stack(images[:count])), dataset[rows[:count]]
+        captions = [{"prompt": p, "reward": r} for p, r in zip(shown["prompt"], rewards[:count], strict=True)]
         if self._sampler.columns:
-            inputs = dataset[rows[: len(images)]][self._sampler.columns[0]]
-            images = [shown for pair in zip(inputs, images, strict=True) for shown in (_shown(*pair), pair[1])]
+            inputs = shown[self._sampler.columns[0]]
+            images = [cell for pair in zip(inputs, images, strict=True) for cell in (_shown(*pair), pair[1])]
+            captions = [cell for c in captions for cell in ({"prompt": c["prompt"], "given": True}, c)]
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
+        frame = images[0][0] if isinstance(images[0], list) else images[0]
+        shown_frames = min(FRAMES_SHOWN, len(images[0])) if isinstance(images[0], list) else 1
+        save_captions(path, captions, columns=grid.width // (frame.width * shown_frames))
         video = path.with_suffix(".gif") if isinstance(images[0], list) else None
-        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, video)
+        texts = [caption_text(caption) for caption in captions if not caption.get("given")]
+        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
 
-    def _save_completions(self, images: list, table: dict[str, list], rows: list[int]) -> None:
+    def _save_completions(self, images: list, table: dict[str, list], rows: list[int], rewards: list[float]) -> None:
         """A grid of training images, and a table of all images of their generation."""
-        self._save_images(images, "train", self.train_dataset, rows)
+        self._save_images(images, "train", self.train_dataset, rows, rewards)
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / "completions"
             folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ def test_tp_grpo(tmp_path, task, method):
         assert Image.open(tmp_path / name).width > 500
     card = ModelCard.load(tmp_path / "README.md")
     assert "load_flow_pipeline()" in card.text and card.data.base_model is None
+    assert card.data.license == "apache-2.0" and {result.metric_type for result in card.data.eval_results} > set(names)
     credit = {"control_variate": "control_variate", "tp_grpo": "consistent"}.get(method)
     assert ("| credit |" in card.text) == (credit is not None)
     assert credit is None or f"| credit | {credit} |" in card.text
@@ -112,7 +113,15 @@ def test_blockwise_grpo(tmp_path, method):
     assert rows["majority"] == [f"{results['after']['majority']:.3f} ± {results['after']['majority_se']:.3f}"]
     assert Image.open(tmp_path / "reliability_diagram.png").width > 500
     load_language_model(tmp_path)
-    assert ("2602.10231" in ModelCard.load(tmp_path / "README.md").text) == (method == "blockwise")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert ("2602.10231" in card.text) == (method == "blockwise")
+    if method == "blockwise":
+        after = results["after"]
+        assert f"| accuracy | {results['before']['accuracy']:.4f} ± " in card.text and "## Task" in card.text
+        assert f"{sum(after['bins']['count'])} of 32 completions had a confidence" in card.text
+        assert "![Reliability diagram](reliability_diagram.png)" in card.text
+        measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
 
 
 @pytest.mark.parametrize("method", ["group", "grpo"])

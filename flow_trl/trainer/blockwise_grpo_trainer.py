@@ -12,14 +12,16 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from ..blocks import Block, check_blocks, parse_completion
+from ..cards import language_card
 from ..credit import block_advantages, token_advantages
+from ..publishing import Publishing
 from .blockwise_grpo_config import BlockwiseGRPOConfig
 
 
 logger = get_logger(__name__)
 
 
-class BlockwiseGRPOTrainer(GRPOTrainer):
+class BlockwiseGRPOTrainer(Publishing, GRPOTrainer):
     r"""
     Trainer for [Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231). The only change against
     [`~trl.GRPOTrainer`] is that each block of a completion has its own reward and its own advantage, which only its own
@@ -71,6 +73,7 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "flow-trl", "blockwise-grpo"]
+    _make_card = staticmethod(language_card)
     _name = "Blockwise GRPO"
     _paper = {
         "title": "Blockwise Advantage Estimation for Multi-Objective RL with Verifiable Rewards",

@@ -4,7 +4,6 @@ import time
 from abc import abstractmethod
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,6 +24,7 @@ from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, Sco
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
+from ..publishing import Publishing
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
@@ -35,7 +35,7 @@ from .diffusion_config import DiffusionConfig
 logger = logging.get_logger(__name__)
 
 
-class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
+class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
     """
     Shared parent of the trainers of diffusers pipelines; not used by itself.
 
@@ -177,7 +177,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None
         self._resumed_from: str | None = None
         self._is_checked = False
-        self._completions: tuple[list, dict[str, list], list[int]] | None = None
+        self._completions: tuple[list, dict[str, list], list[int], list[float]] | None = None
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
 
@@ -293,7 +293,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         if args.log_completions:
             columns = {"prompt": self.train_dataset[all_rows]["prompt"], "advantage": advantages.mean(dim=1).tolist()}
             columns |= dict(zip(self.scorer.names, scores[:, -1].T.tolist(), strict=True)) | sampled.columns()
-            self._completions = sampled.images, {"step": [step] * len(all_rows), **columns}, rows
+            table = {"step": [step] * len(all_rows), **columns}
+            self._completions = sampled.images, table, rows, rewards[: len(rows), -1].tolist()
 
     def _set_generation(self, generation: Generation) -> None:
         self._generation, self._schedule = generation, generation.schedule(self.accelerator.device)
@@ -454,18 +455,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         with self.ema.applied() if self.ema is not None else nullcontext():
             yield
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs,
-    ) -> None:
-        """Writes [`~cards.diffusion_card`], which takes the arguments, as `README.md` into `output_dir`."""
-        if self.is_world_process_zero():
-            card = diffusion_card(self, model_name, dataset_name, tags)
-            card.save(Path(self.args.output_dir) / "README.md")
-
+    _make_card = staticmethod(diffusion_card)
     _card_note: str | None = None
     _card_arguments = [
         "num_inference_steps", "guidance_scale", "num_generations", "generation_batch_size", "updates_per_generation",
