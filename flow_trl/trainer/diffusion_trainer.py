@@ -25,6 +25,7 @@ from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, Sco
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
+from ..preemption import Preempted
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
@@ -328,14 +329,15 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         )
 
     def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
-        """What a sampler makes, or the error of a reward function."""
+        """What a sampler makes, or the error of a reward function or [`Preempted`]."""
         description = "Sampling" if sampler is self._sampler else "Evaluating"
         kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
         with self._progress(len(args[1]), description) as bar:
             try:
-                return sampler(*args, bar=bar, **kwargs)
-            except ScoringError as error:
-                return error.__cause__
+                with self.preemption.interruptible():
+                    return sampler(*args, bar=bar, **kwargs)
+            except (ScoringError, Preempted) as error:
+                return error.__cause__ or error
 
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         self._metrics.record(metrics)
