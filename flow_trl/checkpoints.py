@@ -109,12 +109,12 @@ def _checksum(path: str) -> str:
 
 def seal(folder: str) -> None:
     """Writes size and SHA-256 of each file of a folder to its `manifest.json`, and all of it to the disk."""
-    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    manifest = os.path.join(folder, MANIFEST_NAME)
+    paths = {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names} - {manifest}
     files = {
         os.path.relpath(path, folder): {"bytes": os.path.getsize(path), "sha256": _checksum(path)}
         for path in sorted(paths)
     }
-    manifest = os.path.join(folder, MANIFEST_NAME)
     with open(manifest, "w") as file:
         json.dump({"files": files}, file, indent=1)
     for path in [*paths, manifest, *(place for place, _, _ in os.walk(folder))]:
@@ -141,19 +141,19 @@ def damage(folder: str) -> str | None:
     """
     try:
         with open(os.path.join(folder, MANIFEST_NAME)) as file:
-            files = json.load(file)["files"]
+            files = {name: (known["bytes"], known["sha256"]) for name, known in json.load(file)["files"].items()}
     except OSError:
         return f"it has no file `{MANIFEST_NAME}`"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its file `{MANIFEST_NAME}` is damaged"
-    for name, known in files.items():
+    for name, (expected, checksum) in files.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             return f"its file `{name}` is missing"
         size = os.path.getsize(path)
-        if size != known["bytes"]:
-            return f"its file `{name}` is damaged: it has {size} bytes, not {known['bytes']}"
-        if _checksum(path) != known["sha256"]:
+        if size != expected:
+            return f"its file `{name}` is damaged: it has {size} bytes, not {expected}"
+        if _checksum(path) != checksum:
             return f"its file `{name}` is damaged: its checksum is not the one of the manifest"
     return None
 

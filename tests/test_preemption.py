@@ -15,7 +15,6 @@ from tests.trainer.runs import (
     averages,
     critic_moments,
     critic_weights,
-    gray,
     kept_rewards,
     logged,
     make_trainer,
