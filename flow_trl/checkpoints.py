@@ -365,6 +365,12 @@ class WholeCheckpoints:
         if self.preemption.is_due:
             self._leave()
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # the run that wrote the checkpoint was at its end
+            self.control.should_training_stop = True
+
     def _leave(self) -> None:
         """Ends the process after a signal, with a checkpoint."""
         self._save_now()
@@ -398,13 +404,21 @@ class Checkpoints(WholeCheckpoints):
             "reward_funcs": [self.scorer.names[f] for f in self.scorer.trained],
         }  # fmt: skip
 
-    def get_batch_samples(self, *args, **kwargs):
-        if self._evaluation_due:  # a signal ended the one that belongs to the checkpoint
+    def _make_up_evaluation(self) -> None:
+        """The evaluation that belongs to the checkpoint from which this run goes on, if a signal ended it."""
+        if self._evaluation_due:
             self._evaluation_due = False
             self._determine_best_metric(self._evaluate(None, None), trial=None)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = self._resumed_from
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._make_up_evaluation()
         return super().get_batch_samples(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._make_up_evaluation()
+        return super()._finalize_training(*args, **kwargs)
 
     def _sampling_key(self, step: int) -> str:
         """A short text of all that the samples of a generation depend on."""

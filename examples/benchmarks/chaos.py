@@ -115,7 +115,7 @@ def make_trainer(method: str, folder: Path, updates: int, callback: TrainerCallb
 
 
 class Began(TrainerCallback):
-    """Says that the training has begun, and after it how it was going on."""
+    """Says that the training has begun."""
 
     def __init__(self, pipe: int):
         self.pipe = pipe
@@ -147,6 +147,8 @@ def child(method: str, folder: Path, updates: int, rank: int, count: int, port: 
     trainer.preemption._note = noted
     resume = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resume)
+    if rank == 0:
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
     return 0
 
 
@@ -162,6 +164,8 @@ def start(*args) -> tuple[int, int]:
         code = child(*args, writing)
     except SystemExit as error:
         code = error.code
+    except KeyboardInterrupt:  # after the training
+        code = 128 + signal.SIGINT
     except BaseException:
         import traceback
 
@@ -214,16 +218,18 @@ def outcome(folder: Path, updates: int) -> dict:
     found = {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
     if (last / "running_moments.json").exists():
         found["moments"] = json.loads((last / "running_moments.json").read_text())
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    # Times differ, and the last entry is about the last process
     found["history"] = [
-        {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
-        for entry in history
+        {name: value for name, value in entry.items() if "time" not in name and not name.startswith("train_")}
+        for entry in json.loads((folder / "history.json").read_text())
     ]
     return found
 
 
 def equal(a: dict, b: dict) -> bool:
-    same = {k: torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() & b.keys()}
+    same = {
+        k: torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() & b.keys()
+    }
     different = [name for name, is_same in same.items() if not is_same]
     if different:
         print("different:", different)
@@ -258,7 +264,9 @@ def main() -> int:
                             if not any(codes):
                                 break
                             sent += 1
-                            fell.update(phases or ["killed" if number == signal.SIGKILL else "told by another process"])
+                            fell.update(
+                                phases or ["killed" if number == signal.SIGKILL else "told by another process"]
+                            )
                             if not set(codes) <= {128 + number, 128 + signal.SIGTERM, -number, 0}:
                                 print(f"{kind}: exit codes {codes}\n{(Path(place) / 'log.txt').read_text()[-3000:]}")
                                 failed += 1
