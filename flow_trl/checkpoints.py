@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from .conditioning import digest
-from .generation import Generation, Sampled
+from .generation import Generation, Sampled, Sampler, ScoringError
 from .loading import active_adapter, save_lora
 from .preemption import Preempted, Preemption
 from .resuming import (
@@ -211,6 +211,8 @@ class WholeCheckpoints:
             self._run = self._run or self._known()
             self._run |= arguments(self.args) | versions() | {"processes": self.accelerator.num_processes}
         self._evaluation_due, self._saved_step = False, None
+        if resume_from_checkpoint in ("True", "true"):  # from a command line
+            resume_from_checkpoint = True
         resumed = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
         with self.preemption.watching():
             return super().train(resumed, *args, **kwargs)
@@ -379,7 +381,8 @@ class WholeCheckpoints:
         where = f"`{os.path.join(folder, f'{PREFIX_CHECKPOINT_DIR}-{step}')}` is whole: go on with `trainer.train(resume_from_checkpoint=True)`"
         if not step:
             where = f"no update was done yet, and what was sampled is kept: start again with the same `output_dir={folder!r}`"
-        logger.warning("Training was ended by a signal after %d updates; %s.", step, where)
+        if self.is_world_process_zero():
+            logger.warning("Training was ended by a signal after %d updates; %s.", step, where)
         raise Preempted(self.preemption.exit_code)
 
 
@@ -515,6 +518,17 @@ class Checkpoints(WholeCheckpoints):
                 self.pipe.save_pretrained(output_dir)
         if output_dir == self.args.output_dir:
             self.create_model_card()
+
+    def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
+        """What a sampler makes, or the error of a reward function or [`Preempted`]."""
+        description = "Sampling" if sampler is self._sampler else "Evaluating"
+        kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
+        with self._progress(len(args[1]), description) as bar:
+            try:
+                with self.preemption.interruptible():
+                    return sampler(*args, bar=bar, **kwargs)
+            except (ScoringError, Preempted) as error:
+                return error.__cause__ or error
 
     def _raise_together(self, sampled: Sampled | BaseException) -> None:
         """If scoring failed or a signal came on one process, ends training on all, with a checkpoint from which a run goes on."""

@@ -21,11 +21,10 @@ from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
-from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
+from ..generation import Chunk, Generation, SampledChunks, Sampler
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
-from ..preemption import Preempted
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
@@ -327,17 +326,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             completion_stride=self._completion_stride,
             batch_size=args.per_device_rollout_batch_size,
         )
-
-    def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
-        """What a sampler makes, or the error of a reward function or [`Preempted`]."""
-        description = "Sampling" if sampler is self._sampler else "Evaluating"
-        kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
-        with self._progress(len(args[1]), description) as bar:
-            try:
-                with self.preemption.interruptible():
-                    return sampler(*args, bar=bar, **kwargs)
-            except (ScoringError, Preempted) as error:
-                return error.__cause__ or error
 
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         self._metrics.record(metrics)

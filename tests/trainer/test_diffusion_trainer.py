@@ -169,7 +169,7 @@ def test_all_groups_skipped(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_process_runs(tmp_path_factory):
-    """Five runs, one after another, in two processes; what each process saw of them."""
+    """Seven runs, one after another, in two processes; what each process saw of them."""
     folder = tmp_path_factory.mktemp("two")
     evaluation = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -181,6 +181,8 @@ def two_process_runs(tmp_path_factory):
         {"output_dir": str(folder / "resumed"), **adam, "resume": str(folder / "straight" / "checkpoint-3")},
         {"output_dir": str(folder / "skipped"), "easy": list(range(8)), "beta": 0.1, "max_steps": 3},
         {"output_dir": str(folder / "jumps"), **BASE, **JUMPS},
+        {"output_dir": str(folder / "told"), **adam, "told": [1, 2]},
+        {"output_dir": str(folder / "told"), **adam, "resume": True},
     ]
     return specs, two_processes.launch("runs.py", specs, folder)
 
@@ -228,6 +230,15 @@ def test_two_processes_resume_and_load_the_best(two_process_runs):
     ):  # fmt: skip
         assert torch.equal(result["weights"], flat(Path(folder) / "trained_weights.safetensors"))
         assert torch.equal(result["averages"], flat(Path(folder) / "ema_weights.safetensors"))
+
+
+def test_two_processes_of_which_one_is_told_to_end(two_process_runs):
+    """Both end after the update, with a checkpoint within a generation; resumed, they are what nobody told."""
+    specs, results = two_process_runs
+    assert results[5] == ({"updates": 3}, {"updates": 3})
+    expected = flat(Path(specs[1]["output_dir"]) / "checkpoint-4" / "trained_weights.safetensors")
+    for result in results[6]:
+        assert torch.equal(result["weights"], expected)
 
 
 # Saving and resuming
