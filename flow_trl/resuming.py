@@ -143,7 +143,7 @@ def sampled_digest(weights: Iterable[torch.Tensor]) -> str:
         flat = plain_weight(weight).flatten()
         if flat.device.type != "meta":
             taken = flat[:: max(1, flat.numel() // 16)][:16]
-            hashed.update(taken.double().cpu().numpy().tobytes())
+            hashed.update(taken.cpu().double().numpy().tobytes())
     return hashed.hexdigest()
 
 

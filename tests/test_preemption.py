@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from transformers import TrainerControl
 
 from flow_trl.preemption import Preempted, Preemption
+from tests.trainer import text_runs
 from tests.trainer.runs import (
+    Told,
     averages,
     critic_moments,
     critic_weights,
@@ -134,6 +136,18 @@ def test_a_checkpoint_of_a_signal_is_whole_though_others_are_the_model_only(tmp_
     resumed = make_trainer(tmp_path, **config)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed), weights(straight["tp"]))
+
+
+def test_language_models_too(tmp_path):
+    config = {"max_steps": 3, "learning_rate": 0.1, "enable_jit_checkpoint": True}
+    straight = text_runs.make_trainer(tmp_path / "straight", **config)
+    straight.train()
+    with pytest.raises(SystemExit):
+        text_runs.make_trainer(tmp_path / "told", callbacks=[Told(0, 1)], **config).train()
+    assert [path.name for path in (tmp_path / "told").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = text_runs.make_trainer(tmp_path / "told", **config)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(text_runs.weights(resumed), text_runs.weights(straight))
 
 
 @pytest.fixture
