@@ -157,6 +157,16 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _updates_per_generation(self) -> int:
         return max(1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps)
 
+    def _get_train_sampler(self, dataset=None):
+        self._prompt_order = super()._get_train_sampler(dataset)
+        return self._prompt_order
+
+    def _run_epoch(self, *, epoch, epochs_trained, **kwargs) -> None:
+        if epoch == epochs_trained and self.args.shuffle_dataset:  # orders of the epochs before a run goes on
+            for _ in range(epoch):
+                torch.randperm(self._prompt_order.num_samples, generator=self._prompt_order.generator)
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         parsed = [parse_completion(ids, self.blocks, self._tokenizer) for ids in completion_ids_list]
         names = [block.name for block in self.blocks]
