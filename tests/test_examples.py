@@ -190,3 +190,11 @@ def test_edit_grpo(tmp_path):
     assert grid.size == (8 * 32, 4 * 32)  # 16 pairs of an input and its result
     assert grid.crop((0, 0, 32, 32)).convert("RGB").tobytes() == load_edits("test")[0]["image"].tobytes()
     load_flow_pipeline().load_lora_weights(tmp_path)
+
+
+@pytest.mark.slow
+def test_chaos():
+    """Signals at random times in one and two processes; the short form of it is in `test_preemption.py`."""
+    output = run("benchmarks/chaos.py", "--signals", "2", "--methods", "tp_grpo")
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| tp_grpo")]
+    assert len(rows) == 6 and all(row[4].strip() == row[5].strip() for row in rows)

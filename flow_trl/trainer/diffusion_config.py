@@ -127,6 +127,9 @@ class DiffusionConfig(TrainingArguments):
             Whether to leave such a grid of training images at every `logging_steps` too, and a table of all images of the
             generation (`output_dir/completions/*.parquet`: prompt, scores, advantages, what reward functions gave to
             `log_extra`).
+        trust_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may read pickles, which can run any code, from its checkpoint. DeepSpeed and sharded FSDP
+            need it; everything else is read as tensors.
 
     Raises:
         TypeError: if an argument has another type than its annotation.
@@ -218,6 +221,9 @@ class DiffusionConfig(TrainingArguments):
     num_images_to_save: int = field(default=16, metadata={"help": "Number of images in a saved grid."})
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to save a grid of training images at every `logging_steps`."}
+    )
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Whether a resumed run may read pickles, for DeepSpeed and sharded FSDP."}
     )
 
     @property

@@ -20,7 +20,7 @@ from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
-from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
+from ..generation import Chunk, Generation, SampledChunks, Sampler
 from ..held_out import Evaluations
 from ..loading import load_pipeline, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
@@ -327,16 +327,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             completion_stride=self._completion_stride,
             batch_size=args.per_device_rollout_batch_size,
         )
-
-    def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
-        """What a sampler makes, or the error of a reward function."""
-        description = "Sampling" if sampler is self._sampler else "Evaluating"
-        kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
-        with self._progress(len(args[1]), description) as bar:
-            try:
-                return sampler(*args, bar=bar, **kwargs)
-            except ScoringError as error:
-                return error.__cause__
 
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         self._metrics.record(metrics)

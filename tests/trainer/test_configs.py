@@ -60,6 +60,7 @@ COMMAND_LINE = {
     "eval_guidance_scale": ("1", 1.0),
     "num_images_to_save": ("0", 0),
     "log_completions": ("True", True),
+    "trust_checkpoint": ("True", True),
     "noise_level": ("0.8", 0.8),
     "sde_type": ("cps", "cps"),
     "sde_window_size": ("3", 3),
