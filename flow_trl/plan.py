@@ -1,0 +1,488 @@
+"""What a configuration would need of GPUs, before they are rented: the trainers' own calls on tensors without entries."""
+
+import copy
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from trl import TrlParser
+
+from .loading import load_pipeline, prepare_denoisers
+from .policy import PipelinePolicy
+from .stand_ins import Encoded, mode_of
+from .trainer.ddpo_config import DDPOConfig
+from .trainer.diffusion_config import DiffusionConfig
+from .trainer.flow_grpo_config import FlowGRPOConfig
+from .trainer.tdpo_r_config import TDPORConfig
+from .trainer.tp_grpo_config import TPGRPOConfig
+from .utils import sample_generator
+
+
+GPUS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX4090": 165}  # dense bfloat16 TFLOP/s
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+METHODS = {"flow_grpo": FlowGRPOConfig, "tp_grpo": TPGRPOConfig, "ddpo": DDPOConfig, "tdpo_r": TDPORConfig}
+GB = 10**9
+ATTENTION_ON_CPU = {  # which torch does not count by itself
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+flop_counter = partial(FlopCounterMode, display=False, custom_mapping=ATTENTION_ON_CPU)
+
+
+@dataclass
+class Plan:
+    """
+    What [`plan`] found. Bytes are those of one GPU or one process, evaluations and FLOP those of all together.
+
+    Args:
+        model, method, engine, gpu (`str`): what is planned.
+        num_gpus (`int`): number of GPUs.
+        trained_parameters, frozen_parameters (`int`): of all components.
+        weights (`dict[str, int]`): bytes by component.
+        gradients, optimizer, average, reference (`int`): bytes of the gradients (and their buckets), the optimizer's moments,
+            the moving average and the copy of the weights that the KL divergence needs.
+        latents (`int`): bytes of one chunk's trajectories, completions and noise.
+        sampling, decoding (`int`): most bytes within one call of the denoiser and of the decoder.
+        activations, activations_checkpointed (`int`): most bytes within one micro-batch, without and with activation
+            checkpointing.
+        uses_checkpointing (`bool`): which of the two the configuration has.
+        cpu (`int`): bytes on the CPU: trained latents, pixels of two chunks, text encoders that wait there.
+        evaluations (`int`): evaluations of the policy (latents, not passes) in a generation; those of updates are as many as
+            trained steps.
+        decoded (`int`): images decoded in a generation.
+        reward_calls (`int`): images that a reward function scores in a generation.
+        generation_flop, update_flop (`int`): FLOP of a generation (denoiser and decoder) and of an update.
+        updates_per_generation, max_steps (`int`): optimizer updates; `max_steps` is -1 if not set.
+        checkpoint (`int`): bytes of a checkpoint at a generation's end; `checkpoint_within` adds what one within it has.
+        checkpoint_within (`int`): bytes of the generation that a checkpoint within it keeps, of all processes.
+        tflops (`float`): TFLOP/s assumed of one GPU.
+    """
+
+    model: str
+    method: str
+    engine: str
+    gpu: str
+    num_gpus: int
+    trained_parameters: int
+    frozen_parameters: int
+    weights: dict[str, int]
+    gradients: int
+    optimizer: int
+    average: int
+    reference: int
+    latents: int
+    sampling: int
+    decoding: int
+    activations: int
+    activations_checkpointed: int
+    uses_checkpointing: bool
+    cpu: int
+    evaluations: int
+    decoded: int
+    reward_calls: int
+    generation_flop: int
+    update_flop: int
+    updates_per_generation: int
+    max_steps: int
+    checkpoint: int
+    checkpoint_within: int
+    tflops: float
+
+    @property
+    def held(self) -> int:
+        """Bytes that a GPU holds all the time: weights, moments, average, reference."""
+        return sum(self.weights.values()) + self.optimizer + self.average + self.reference
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Most bytes of a GPU while it samples, decodes and updates."""
+        activations = self.activations_checkpointed if self.uses_checkpointing else self.activations
+        return {
+            "sampling": self.held + self.latents + self.sampling,
+            "decoding": self.held + self.decoding,
+            "updating": self.held + self.gradients + activations,
+        }
+
+    @property
+    def hours(self) -> float:
+        """Hours of computation: of `max_steps` updates and their generations, or else of 1000. Rewards come on top."""
+        updates = self.max_steps if self.max_steps > 0 else 1000
+        generations = math.ceil(updates / self.updates_per_generation)
+        flop = generations * self.generation_flop + updates * self.update_flop
+        return flop / (self.num_gpus * self.tflops * 1e12) / 3600
+
+    def __str__(self) -> str:
+        peaks = {name: f"{size / GB:.2f} GB" for name, size in self.peaks.items()}
+        updates = self.max_steps if self.max_steps > 0 else 1000
+        gigabytes = {f"weights of {name}": size for name, size in self.weights.items()}
+        gigabytes |= {name: getattr(self, name) for name in ("gradients", "optimizer", "average", "reference", "latents")}
+        gigabytes |= {"a call of the denoiser": self.sampling, "a call of the decoder": self.decoding}
+        gigabytes |= {"activations": self.activations, "activations, checkpointed": self.activations_checkpointed}
+        rows = {
+            "parameters": f"{self.trained_parameters:,} trained, {self.frozen_parameters:,} frozen",
+            **{f"GPU: {name}": f"{size / GB:.3f} GB" for name, size in gigabytes.items()},
+            **{f"GPU: peak while {name}": size for name, size in peaks.items()},
+            "CPU, per process": f"{self.cpu / GB:.2f} GB",
+            "a generation": f"{self.evaluations:,} evaluations, {self.decoded:,} images decoded, {self.reward_calls:,} "
+            f"images per reward function, {self.generation_flop / 1e12:,.2f} TFLOP",
+            "an update": f"{self.update_flop / 1e12:,.2f} TFLOP ({self.updates_per_generation} per generation)",
+            f"hours for {updates} updates": f"{self.hours:.2f}, without rewards, at {self.tflops:.0f} TFLOP/s of a {self.gpu}",
+            "a checkpoint": f"{self.checkpoint / GB:.3f} GB, within a generation {self.checkpoint_within / GB:.3f} GB more",
+        }
+        head = f"{self.method} of {self.model}, {self.num_gpus} x {self.gpu}, {self.engine}"
+        return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still alive: `now`, and the most so far: `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._see, output)
+        return output
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = ref(storage, lambda _: self._gone(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.now -= size
+
+
+class _Probe:
+    """Lets the models of a pipeline run on tensors without entries, whatever its own code gives them, and counts."""
+
+    def __init__(self, mode: FakeTensorMode):
+        self.mode, self.memory, self.flop, self.outputs, self._inside = mode, LiveBytes(), 0, [], False
+
+    def watch(self, pipe: DiffusionPipeline) -> None:
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                for name in ("forward", "encode", "decode"):
+                    if hasattr(module, name):
+                        module.__dict__[name] = self._watched(name, getattr(module, name))
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            with self.mode, self.memory, flop_counter() as counter:
+                yield
+            self.flop += counter.get_total_flops()
+        finally:
+            self._inside = False
+
+    def _watched(self, name: str, method: Callable) -> Callable:
+        def watched(*args, **kwargs):
+            if self._inside:
+                return method(*args, **kwargs)
+            with self.counting():
+                args, kwargs = tree_map_only(torch.Tensor, self.mode.from_tensor, (args, kwargs))
+                output = method(*args, **kwargs)
+                output = mode_of(output) if name == "encode" else output
+            if torch.is_grad_enabled():
+                self.outputs += [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            real = tree_map_only(torch.Tensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), output)
+            return Encoded(real) if name == "encode" else real
+
+        return watched
+
+    def measured(self, call: Callable[[], Any]) -> tuple[int, int]:
+        """Most bytes that a call needs beyond what was there, and its FLOP."""
+        self.memory.peak, self.flop, before = self.memory.now, 0, self.memory.now
+        call()
+        return self.memory.peak - before, self.flop
+
+    def backward(self) -> None:
+        with self.counting():
+            sum(output.float().square().mean() for output in self.outputs).backward()
+        self.outputs.clear()
+
+
+def _module_class(name: str, library: str, class_name: str) -> type[torch.nn.Module] | None:
+    package = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if package is None:
+        try:
+            package = importlib.import_module(f"diffusers.pipelines.{library}")
+        except ImportError as error:
+            raise ValueError(
+                f"`model` has a `{name}` of the library {library!r}, whose weights would have to be loaded: plan with a loaded pipeline."
+            ) from error
+    found = getattr(package, class_name)
+    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+
+
+def _without_entries(model: str | DiffusionPipeline, mode: FakeTensorMode, dtype: torch.dtype, init_kwargs: dict) -> DiffusionPipeline:
+    """The pipeline with models that have shapes only. Of a name the configs and tokenizers are read, never weights."""
+    if not isinstance(model, str):
+        pipe = copy.copy(load_pipeline(model, dtype, init_kwargs))
+        for name, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module):
+                with FakeCopyMode(mode):
+                    pipe.__dict__[name] = copy.deepcopy(module)
+        return pipe
+    built = {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(model) else {}
+    for name, value in DiffusionPipeline.load_config(model).items():
+        if name in init_kwargs or name in built or not isinstance(value, list | tuple) or value[0] is None:
+            continue
+        module_class = _module_class(name, *value)
+        if module_class is not None:
+            with mode:
+                if value[0] == "transformers":
+                    module = module_class(module_class.config_class.from_pretrained(model, subfolder=name))
+                else:
+                    module = module_class.from_config(module_class.load_config(model, subfolder=name))
+                built[name] = module.to(dtype).eval()
+    return load_pipeline(model, dtype, built | init_kwargs)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _moments(optim: str) -> int:
+    """Bytes of the optimizer's state per trained parameter."""
+    if "8bit" in optim:
+        return 2
+    return {"sgd": 0, "adafactor": 0, "adagrad": 4, "lion_32bit": 4}.get(str(optim), 8)
+
+
+def plan(
+    model: str | DiffusionPipeline,
+    args: DiffusionConfig,
+    peft_config: LoraConfig | None = None,
+    *,
+    bf16: bool | None = None,
+    num_gpus: int = 1,
+    engine: str = "ddp",
+    gpu: str = "H100",
+    efficiency: float = 0.4,
+    prompt: str = "a photo of a red circle left of a blue square",
+) -> Plan:
+    r"""
+    What a configuration of a diffusion trainer would need.
+
+    The pipeline's configs are loaded without its weights, and one chunk is encoded, denoised, decoded and trained by the calls that
+    the trainer makes, on tensors that have shapes but no entries: memory is that of all tensors alive at once, FLOP are those of
+    [`torch.utils.flop_counter`]. Measured peaks differ by what libraries take within an operation and, on GPUs, by fragmentation
+    and the CUDA context (about 1 GB). For more than one GPU the shares of FSDP2, ZeRO-2 and ZeRO-3 are counted from the sizes. Not
+    in it: reward models and the critic's encoder, encoding of the prompts (once in a run), evaluations.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a pipeline, or a loaded one, which is not changed.
+        args ([`~flow_trl.trainer.diffusion_config.DiffusionConfig`]):
+            Arguments of the trainer; its class is the method.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            LoRA to train. If not set, all weights of the denoiser.
+        bf16 (`bool`, *optional*):
+            Whether to plan for bfloat16. If not set, `args.bf16`, which is `False` where no GPU is.
+        num_gpus (`int`, *optional*, defaults to `1`):
+            Number of GPUs, one process each.
+        engine (`str`, *optional*, defaults to `"ddp"`):
+            What shares the work among them: `"ddp"`, `"fsdp2"`, `"zero2"` or `"zero3"`.
+        gpu (`str`, *optional*, defaults to `"H100"`):
+            One of `GPUS`, for the estimated hours.
+        efficiency (`float`, *optional*, defaults to `0.4`):
+            Share of the GPU's peak that is assumed to be reached.
+        prompt (`str`, *optional*):
+            A prompt of usual length.
+
+    Returns:
+        [`Plan`]: `print` it for a table.
+
+    Raises:
+        ValueError: if an argument is not one of those above, or the generation cannot be shared among the GPUs.
+
+    Example:
+
+    ```python
+    >>> args = TPGRPOConfig("out", pipeline_kwargs={"height": 512, "width": 512}, activation_checkpointing=True)
+    >>> lora = LoraConfig(r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"])
+    >>> print(plan("stabilityai/stable-diffusion-3.5-medium", args, lora, bf16=True, num_gpus=8))
+    ```
+    """
+    for name, value, choices in (("engine", engine, ENGINES), ("gpu", gpu, tuple(GPUS))):
+        if value not in choices:
+            raise ValueError(f"`{name}={value!r}` is not known: choose one of {choices}.")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"`efficiency={efficiency}` is a share of the GPU's peak: it must be in (0, 1].")
+    method = next((name for name, config in METHODS.items() if type(args) is config), None)
+    if method is None:
+        raise ValueError(f"`args` is a {type(args).__name__}: plan with one of {[c.__name__ for c in METHODS.values()]}.")
+    unit = args.per_device_train_batch_size * num_gpus * args.updates_per_generation
+    if num_gpus < 1 or args.generation_batch_size % unit:
+        raise ValueError(
+            f"`num_gpus={num_gpus}` does not fit: `generation_batch_size={args.generation_batch_size}` must be a multiple of "
+            f"{unit} = `per_device_train_batch_size` * `num_gpus` * `updates_per_generation`."
+        )
+    bf16 = args.bf16 if bf16 is None else bf16
+    dtype = torch.bfloat16 if bf16 and peft_config is not None else torch.float32
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    pipe = _without_entries(model, mode, dtype, args.model_init_kwargs or {})
+    if isinstance(args, DDPOConfig):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    options = {"guidance_scale": args.guidance_scale, "negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
+    denoisers = PipelinePolicy(pipe, **options).denoisers
+    with mode:
+        is_lora = prepare_denoisers(pipe, denoisers, peft_config)
+        if bf16:
+            for denoiser in denoisers.values():
+                cast_training_params(denoiser, dtype=torch.float32)
+    policy, probe = PipelinePolicy(pipe, **options), _Probe(mode)
+    denoisers = policy.denoisers
+    weights = {
+        name: _bytes([*module.parameters(), *module.buffers()])
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    parameters = {
+        name: list(module.parameters()) for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)
+    }
+    trained = [weight for name in denoisers for weight in parameters[name] if weight.requires_grad]
+    trained_count, trained_bytes = sum(weight.numel() for weight in trained), _bytes(trained)
+    count = sum(weight.numel() for own in parameters.values() for weight in own)
+    probe.watch(pipe)
+
+    # What a process makes in a generation
+    steps, images = args.num_inference_steps, args.generation_batch_size // num_gpus
+    completed = method == "tp_grpo" and args.credit != "outcome"
+    stochastic = steps if isinstance(args, DDPOConfig) else args.num_trained_steps
+    starts = [0]
+    if stochastic < steps - 1:
+        first, last = getattr(args, "sde_window_range", None) or (0, steps - 1)
+        starts = range(first, last - stochastic + 1)
+    per_image = steps
+    if completed:  # a completion's first step is the trajectory's; a window may begin anywhere
+        lengths = [math.ceil((steps - start - k) / args.completion_steps) - 1 for start in starts for k in range(stochastic)]
+        per_image += sum(lengths) / len(starts)
+    finals = stochastic + 1 if completed else 1
+    rollout_size = min(args.per_device_rollout_batch_size, images * finals)
+    chunk = min(args.per_device_rollout_batch_size, images)
+    decode_size = min(args.per_device_decode_batch_size or args.per_device_rollout_batch_size, chunk * finals)
+
+    with torch.no_grad():
+        conditioning = policy.encode([prompt])
+        latents, schedule, _ = policy.start(conditioning, steps, [sample_generator(0)])
+
+    def batch(size: int) -> tuple[torch.Tensor, Any]:
+        return latents.expand(size, *latents.shape[1:]).clone(), conditioning[[0] * size]
+
+    def denoise(size: int, grad: bool = False) -> tuple[int, int]:
+        given, conditions = batch(size)
+
+        def call() -> None:
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+                policy.predict(given, 0, conditions, schedule, grad=grad)
+            if grad:
+                probe.backward()
+
+        return probe.measured(call)
+
+    pixels: list[torch.Tensor] = []
+
+    def decode() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            pixels.append(policy.decode(*batch(decode_size), output_type="uint8"))
+
+    sampling, sampling_flop = denoise(rollout_size)
+    with torch.no_grad():
+        decoding, decoding_flop = probe.measured(decode)
+    micro_batch, training = args.per_device_train_batch_size, {}
+    for denoiser in denoisers.values():
+        denoiser.train()
+        denoiser.training = False
+    for checkpointed in (False, True):
+        if checkpointed:
+            for denoiser in denoisers.values():
+                denoiser.enable_gradient_checkpointing()
+            # blocks recompute only in training
+        denoise(micro_batch, grad=True)  # makes the gradients
+        training[checkpointed] = denoise(micro_batch, grad=True)
+
+    # Sums
+    generation_images = args.generation_batch_size
+    evaluations = round(generation_images * per_image)
+    decoded = generation_images * (finals + (steps if method == "tdpo_r" and args.use_critic else 0))
+    step_flop = sampling_flop / rollout_size
+    generation_flop = evaluations * step_flop + decoded * decoding_flop / decode_size
+    micro_flop = training[bool(args.activation_checkpointing)][1] / micro_batch
+    if args.beta:
+        if isinstance(args, DDPOConfig):
+            generation_flop += generation_images * steps * step_flop
+        else:
+            micro_flop += step_flop
+    update_images = generation_images // args.updates_per_generation
+    update_flop = update_images * args.num_trained_steps // args.num_sweeps * micro_flop
+
+    shares = num_gpus if engine != "ddp" else 1
+    if engine in ("fsdp2", "zero3") and num_gpus > 1:
+        for name, denoiser in denoisers.items():
+            blocks = [block for part in denoiser.children() if isinstance(part, torch.nn.ModuleList) for block in part]
+            gathered = 2 * max((_bytes(block.parameters()) for block in blocks), default=0)  # one in use, one on its way
+            weights[name] = weights[name] // num_gpus + gathered
+    waiting = 0
+    if args.offload_text_encoders:
+        waiting = sum(weights.pop(name) for name in list(weights) if name.startswith("text_encoder"))
+    buckets = 2 if engine == "ddp" and num_gpus > 1 else 1
+    master = 4 * trained_count if engine.startswith("zero") and bf16 else 0
+    average = trained_bytes if args.ema_decay else 0
+    latent, pixel_bytes = 4 * latents[0].numel(), pixels[0][0].numel()
+    trajectory = latent * (stochastic + 1) + 4 * stochastic
+    saved = _bytes(weight for name in denoisers for weight in parameters[name]) if not is_lora else trained_bytes
+    return Plan(
+        model=model if isinstance(model, str) else model.name_or_path or type(model).__name__,
+        method=method,
+        engine=engine,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        trained_parameters=trained_count,
+        frozen_parameters=count - trained_count,
+        weights=weights,
+        gradients=buckets * trained_bytes // shares,
+        optimizer=(trained_count * _moments(args.optim) + master) // shares,
+        average=average,
+        reference=_bytes(weight for name in denoisers for weight in parameters[name]) if args.beta and not is_lora else 0,
+        latents=(stochastic + 2 + finals + stochastic) * chunk * latent,
+        sampling=sampling,
+        decoding=decoding,
+        activations=training[False][0],
+        activations_checkpointed=training[True][0],
+        uses_checkpointing=bool(args.activation_checkpointing),
+        cpu=waiting + images * trajectory + chunk * pixel_bytes * (2 * finals * 3 + 4) // 3,
+        evaluations=evaluations,
+        decoded=decoded,
+        reward_calls=generation_images * finals,
+        generation_flop=round(generation_flop),
+        update_flop=round(update_flop),
+        updates_per_generation=args.updates_per_generation * args.num_sweeps * args.num_iterations,
+        max_steps=args.max_steps,
+        checkpoint=saved + trained_bytes + average + trained_count * _moments(args.optim),
+        checkpoint_within=generation_images * trajectory,
+        tflops=GPUS[gpu] * efficiency,
+    )
