@@ -3,9 +3,9 @@
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -16,10 +16,10 @@ import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from trl import TrlParser
 
 from .loading import load_pipeline, prepare_denoisers
@@ -38,8 +38,12 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 METHODS = {"flow_grpo": FlowGRPOConfig, "tp_grpo": TPGRPOConfig, "ddpo": DDPOConfig, "tdpo_r": TDPORConfig}
 GB = 10**9
 ATTENTION_ON_CPU = {  # which torch does not count by itself
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *args, **kwargs: sdpa_flop_count(
+        query, key, value
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *args, **kwargs: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
 }
 flop_counter = partial(FlopCounterMode, display=False, custom_mapping=ATTENTION_ON_CPU)
 
@@ -177,15 +181,15 @@ class LiveBytes(TorchDispatchMode):
 class _Probe:
     """Lets the models of a pipeline run on tensors without entries, whatever its own code gives them, and counts."""
 
-    def __init__(self, mode: FakeTensorMode):
-        self.mode, self.memory, self.flop, self.outputs, self._inside = mode, LiveBytes(), 0, [], False
+    def __init__(self):
+        self.mode, self.memory = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+        self.flop, self.outputs, self._inside = 0, [], False
 
-    def watch(self, pipe: DiffusionPipeline) -> None:
-        for module in pipe.components.values():
-            if isinstance(module, torch.nn.Module):
-                for name in ("forward", "encode", "decode"):
-                    if hasattr(module, name):
-                        module.__dict__[name] = self._watched(name, getattr(module, name))
+    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
+        for module in modules:
+            for name in ("forward", "encode", "decode"):
+                if hasattr(module, name):
+                    module.__dict__[name] = self._watched(name, getattr(module, name))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -237,28 +241,50 @@ def _module_class(name: str, library: str, class_name: str) -> type[torch.nn.Mod
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
 
 
-def _without_entries(model: str | DiffusionPipeline, mode: FakeTensorMode, dtype: torch.dtype, init_kwargs: dict) -> DiffusionPipeline:
-    """The pipeline with models that have shapes only. Of a name the configs and tokenizers are read, never weights."""
+def _on_meta(model: str | DiffusionPipeline, dtype: torch.dtype, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline with its models on the device "meta". Of a name the configs and tokenizers are read, never weights."""
     if not isinstance(model, str):
         pipe = copy.copy(load_pipeline(model, dtype, init_kwargs))
         for name, module in pipe.components.items():
             if isinstance(module, torch.nn.Module):
-                with FakeCopyMode(mode):
-                    pipe.__dict__[name] = copy.deepcopy(module)
+                weights = [*module.parameters(), *module.buffers()]
+                pipe.__dict__[name] = copy.deepcopy(module, {id(weight): _meta(weight) for weight in weights})
         return pipe
-    built = {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(model) else {}
+    built = {}
     for name, value in DiffusionPipeline.load_config(model).items():
-        if name in init_kwargs or name in built or not isinstance(value, list | tuple) or value[0] is None:
+        if name in init_kwargs or not isinstance(value, list | tuple) or value[0] is None:
             continue
         module_class = _module_class(name, *value)
-        if module_class is not None:
-            with mode:
+        if name == "safety_checker":
+            built[name] = None
+        elif module_class is not None:
+            with torch.device("meta"):
                 if value[0] == "transformers":
                     module = module_class(module_class.config_class.from_pretrained(model, subfolder=name))
                 else:
                     module = module_class.from_config(module_class.load_config(model, subfolder=name))
-                built[name] = module.to(dtype).eval()
+            built[name] = module.to(dtype).eval()
     return load_pipeline(model, dtype, built | init_kwargs)
+
+
+def _meta(weight: torch.Tensor) -> torch.Tensor:
+    made = weight.detach().to("meta")
+    return torch.nn.Parameter(made, weight.requires_grad) if isinstance(weight, torch.nn.Parameter) else made
+
+
+def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Gives a module fake weights of the CPU: what asks them for their device gets one that tensors can be made on."""
+    made: dict[int, torch.Tensor] = {}
+    with mode:
+        for part in module.modules():
+            for own in (part._parameters, part._buffers):
+                for name, weight in own.items():
+                    if weight is not None and id(weight) not in made:
+                        fake = torch.empty(weight.shape, dtype=weight.dtype)
+                        is_parameter = isinstance(weight, torch.nn.Parameter)
+                        made[id(weight)] = torch.nn.Parameter(fake, weight.requires_grad) if is_parameter else fake
+                    if weight is not None:
+                        own[name] = made[id(weight)]
 
 
 def _bytes(tensors: Any) -> int:
@@ -343,31 +369,25 @@ def plan(
         )
     bf16 = args.bf16 if bf16 is None else bf16
     dtype = torch.bfloat16 if bf16 and peft_config is not None else torch.float32
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    pipe = _without_entries(model, mode, dtype, args.model_init_kwargs or {})
+    pipe = _on_meta(model, dtype, args.model_init_kwargs or {})
     if isinstance(args, DDPOConfig):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     options = {"guidance_scale": args.guidance_scale, "negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
     denoisers = PipelinePolicy(pipe, **options).denoisers
-    with mode:
-        is_lora = prepare_denoisers(pipe, denoisers, peft_config)
-        if bf16:
-            for denoiser in denoisers.values():
-                cast_training_params(denoiser, dtype=torch.float32)
-    policy, probe = PipelinePolicy(pipe, **options), _Probe(mode)
+    is_lora = prepare_denoisers(pipe, denoisers, peft_config)
+    policy, probe = PipelinePolicy(pipe, **options), _Probe()  # anew: an adapter may have wrapped the denoiser
     denoisers = policy.denoisers
-    weights = {
-        name: _bytes([*module.parameters(), *module.buffers()])
-        for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module)
-    }
-    parameters = {
-        name: list(module.parameters()) for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)
-    }
+    if bf16:
+        cast_training_params(list(denoisers.values()), dtype=torch.float32)
+    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    for module in modules.values():
+        _make_fake(module, probe.mode)
+    parameters = {name: list(module.parameters()) for name, module in modules.items()}
+    weights = {name: _bytes([*parameters[name], *module.buffers()]) for name, module in modules.items()}
     trained = [weight for name in denoisers for weight in parameters[name] if weight.requires_grad]
     trained_count, trained_bytes = sum(weight.numel() for weight in trained), _bytes(trained)
     count = sum(weight.numel() for own in parameters.values() for weight in own)
-    probe.watch(pipe)
+    probe.watch(modules.values())
 
     # What a process makes in a generation
     steps, images = args.num_inference_steps, args.generation_batch_size // num_gpus
@@ -414,14 +434,13 @@ def plan(
     with torch.no_grad():
         decoding, decoding_flop = probe.measured(decode)
     micro_batch, training = args.per_device_train_batch_size, {}
-    for denoiser in denoisers.values():
+    for denoiser in denoisers.values():  # as the trainer sets it
         denoiser.train()
         denoiser.training = False
     for checkpointed in (False, True):
         if checkpointed:
             for denoiser in denoisers.values():
                 denoiser.enable_gradient_checkpointing()
-            # blocks recompute only in training
         denoise(micro_batch, grad=True)  # makes the gradients
         training[checkpointed] = denoise(micro_batch, grad=True)
 
