@@ -131,22 +131,21 @@ class Plan:
         return flop / (self.num_gpus * self.tflops * 1e12) / 3600
 
     def __str__(self) -> str:
-        peaks = {name: f"{size / GB:.2f} GB" for name, size in self.peaks.items()}
         updates = self.max_steps if self.max_steps > 0 else 1000
-        gigabytes = {f"weights of {name}": size for name, size in self.weights.items()}
-        gigabytes |= {name: getattr(self, name) for name in ("gradients", "optimizer", "average", "reference", "latents")}
-        gigabytes |= {"a call of the denoiser": self.sampling, "a call of the decoder": self.decoding}
-        gigabytes |= {"activations": self.activations, "activations, checkpointed": self.activations_checkpointed}
+        sizes = {f"weights of {name}": size for name, size in self.weights.items()}
+        sizes |= {name: getattr(self, name) for name in ("gradients", "optimizer", "average", "reference", "latents")}
+        sizes |= {"a call of the denoiser": self.sampling, "a call of the decoder": self.decoding}
+        sizes |= {"activations": self.activations, "activations, checkpointed": self.activations_checkpointed}
         rows = {
             "parameters": f"{self.trained_parameters:,} trained, {self.frozen_parameters:,} frozen",
-            **{f"GPU: {name}": f"{size / GB:.3f} GB" for name, size in gigabytes.items()},
-            **{f"GPU: peak while {name}": size for name, size in peaks.items()},
-            "CPU, per process": f"{self.cpu / GB:.2f} GB",
+            **{f"GPU: {name}": _text(size) for name, size in sizes.items()},
+            **{f"GPU: peak while {name}": _text(size) for name, size in self.peaks.items()},
+            "CPU, per process": _text(self.cpu),
             "a generation": f"{self.evaluations:,} evaluations, {self.decoded:,} images decoded, {self.reward_calls:,} "
             f"images per reward function, {self.generation_flop / 1e12:,.2f} TFLOP",
             "an update": f"{self.update_flop / 1e12:,.2f} TFLOP ({self.updates_per_generation} per generation)",
             f"hours for {updates} updates": f"{self.hours:.2f}, without rewards, at {self.tflops:.0f} TFLOP/s of a {self.gpu}",
-            "a checkpoint": f"{self.checkpoint / GB:.3f} GB, within a generation {self.checkpoint_within / GB:.3f} GB more",
+            "a checkpoint": f"{_text(self.checkpoint)}, within a generation {_text(self.checkpoint_within)} more",
         }
         head = f"{self.method} of {self.model}, {self.num_gpus} x {self.gpu}, {self.engine}"
         return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -165,9 +164,14 @@ class LiveBytes(TorchDispatchMode):
         tree_map_only(torch.Tensor, self._see, output)
         return output
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Leaves out tensors that were there before, with their views."""
+        for tensor in tensors:
+            self._see(tensor, 0)
+
+    def _see(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() if size is None else size
         if key not in self._known:
             self._known[key] = ref(storage, lambda _: self._gone(key, size))
             self.now += size
@@ -187,6 +191,7 @@ class _Probe:
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
+            self.memory.ignore([*module.parameters(), *module.buffers()])
             for name in ("forward", "encode", "decode"):
                 if hasattr(module, name):
                     module.__dict__[name] = self._watched(name, getattr(module, name))
@@ -287,7 +292,11 @@ def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
                         own[name] = made[id(weight)]
 
 
-def _bytes(tensors: Any) -> int:
+def _text(size: int) -> str:
+    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 10**6:.2f} MB"
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -437,11 +446,13 @@ def plan(
     for denoiser in denoisers.values():  # as the trainer sets it
         denoiser.train()
         denoiser.training = False
+    with probe.counting():
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
     for checkpointed in (False, True):
         if checkpointed:
             for denoiser in denoisers.values():
                 denoiser.enable_gradient_checkpointing()
-        denoise(micro_batch, grad=True)  # makes the gradients
         training[checkpointed] = denoise(micro_batch, grad=True)
 
     # Sums
@@ -505,3 +516,67 @@ def plan(
         checkpoint_within=generation_images * trajectory,
         tflops=GPUS[gpu] * efficiency,
     )
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of `python -m flow_trl.plan`, beside those of the method's config.
+
+    Args:
+        model_name_or_path (`str`):
+            Pipeline: Hub id or folder, of which configs and tokenizers are read.
+        method (`str`, *optional*, defaults to `"tp_grpo"`):
+            `"tp_grpo"`, `"flow_grpo"`, `"tdpo_r"` or `"ddpo"`.
+        num_gpus (`int`, *optional*, defaults to `1`):
+            Number of GPUs.
+        engine, gpu, efficiency:
+            See [`plan`].
+        precision (`str`, *optional*, defaults to `"bf16"`):
+            `"bf16"` or `"fp32"`, whatever this machine has.
+        lora_rank, lora_alpha, lora_target_modules:
+            As in the examples; rank 0 trains all weights.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Pipeline: Hub id or folder."})
+    method: str = field(default="tp_grpo", metadata={"help": "Trainer.", "choices": list(METHODS)})
+    num_gpus: int = field(default=1, metadata={"help": "Number of GPUs."})
+    engine: str = field(default="ddp", metadata={"help": "What shares the work.", "choices": list(ENGINES)})
+    gpu: str = field(default="H100", metadata={"help": "GPU, for the hours.", "choices": list(GPUS)})
+    efficiency: float = field(default=0.4, metadata={"help": "Share of the GPU's peak that is assumed."})
+    precision: str = field(default="bf16", metadata={"help": "Precision.", "choices": ["bf16", "fp32"]})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Modules with a LoRA."}
+    )
+
+
+def main() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    # The method decides the arguments, so it is read first.
+    arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
+    parser = TrlParser((ScriptArguments, METHODS[arguments.method]))
+    parser.set_defaults(output_dir="outputs/plan", use_cpu=True, report_to="none")
+    arguments, args = parser.parse_args_and_config()
+    peft_config = None
+    if arguments.lora_rank:
+        targets = {"lora_alpha": arguments.lora_alpha, "target_modules": arguments.lora_target_modules}
+        peft_config = LoraConfig(r=arguments.lora_rank, **targets)
+    found = plan(
+        arguments.model_name_or_path,
+        args,
+        peft_config,
+        bf16=arguments.precision == "bf16",
+        num_gpus=arguments.num_gpus,
+        engine=arguments.engine,
+        gpu=arguments.gpu,
+        efficiency=arguments.efficiency,
+    )
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
