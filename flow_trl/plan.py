@@ -151,6 +151,9 @@ class Plan:
         return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within it and still alive: `now`, and the most so far: `peak`."""
 
@@ -162,6 +165,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._see, output)
+        if func in _CONVOLUTIONS:  # a copy of the input in a layout of its own, while it runs
+            self.peak = max(self.peak, self.now + args[0].untyped_storage().nbytes())
         return output
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ def unet_pipeline() -> DiffusionPipeline:
     pipe = tiny.load_diffusion_pipeline()
     config = pipe.unet.config
     names = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
-    channels = (64, 128, 192)
+    channels = (32, 64, 128)
     denoiser = UNet2DConditionModel(
-        block_out_channels=channels, layers_per_block=2, attention_head_dim=32, norm_num_groups=32,
+        block_out_channels=channels, layers_per_block=1, attention_head_dim=4, norm_num_groups=32,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), **{name: config[name] for name in names},
     )  # fmt: skip
@@ -100,7 +101,7 @@ def setting(name: str, folder: str, **options: Any) -> tuple[DiffusionPipeline, 
     """A model and how it is trained."""
     on_gpu = torch.cuda.is_available()
     options = {
-        "num_inference_steps": 4, "num_generations": 4, "generation_batch_size": 8, "updates_per_generation": 1,
+        "num_inference_steps": 3, "num_generations": 4, "generation_batch_size": 8, "updates_per_generation": 1,
         "per_device_train_batch_size": 4, "per_device_rollout_batch_size": 4, "guidance_scale": 1.0, "ema_decay": 0.0,
         "max_steps": 1, "bf16": on_gpu, "use_cpu": not on_gpu, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "check_pipeline": False, **options,
@@ -113,8 +114,8 @@ def setting(name: str, folder: str, **options: Any) -> tuple[DiffusionPipeline, 
             options["pipeline_kwargs"] = {"max_sequence_length": 0}
             return tiny.load_flow_pipeline(), TPGRPOConfig(folder, **options)
         if name == "transformer":
-            options["pipeline_kwargs"] = {"max_sequence_length": 16, "height": 128, "width": 128}
-            return transformer_pipeline(6, 6, (32, 32, 64, 64), 768), TPGRPOConfig(folder, **options)
+            options["pipeline_kwargs"] = {"max_sequence_length": 16, "height": 64, "width": 64}
+            return transformer_pipeline(4, 4, (32, 64, 64), 256), TPGRPOConfig(folder, **options)
         if name == "sd3.5":
             options["pipeline_kwargs"] = {"max_sequence_length": 256, "height": 512, "width": 512}
             dual = {"dual_attention_layers": tuple(range(13))}
@@ -180,18 +181,13 @@ def measure(trainer) -> dict[str, float]:
             trainer.training_step(trainer.model_wrapped, batch)
 
     seconds: dict[str, float] = {}
-    with timed(seconds, "generation"):
-        trainer._generate(0)
-    with timed(seconds, "update"):
-        update()
-    trainer.model_wrapped.zero_grad()
-    found |= {f"seconds/{name}": value for name, value in seconds.items()}
-    with flop_counter() as counter:
-        trainer._generate(0)
-    found["flop/generation"] = counter.get_total_flops()
-    with flop_counter() as counter:
-        update()
-    found["flop/update"] = counter.get_total_flops()
+    for name, function in (("generation", partial(trainer._generate, 0)), ("update", update)):
+        if device.type == "cuda":  # where the counter would take longer than what it counts
+            with timed(seconds, name):
+                function()
+        with flop_counter() as counter, timed(seconds, name) if device.type == "cpu" else nullcontext():
+            function()
+        found |= {f"flop/{name}": counter.get_total_flops(), f"seconds/{name}": seconds[name]}
     trainer.model_wrapped.zero_grad()
 
     rows = trainer._rows(0)[: args.per_device_rollout_batch_size]
@@ -242,8 +238,10 @@ def run(name: str, part: str) -> dict[str, float]:
         config = EXAMPLES / "accelerate_configs" / "fsdp2.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "1"]
     command += [os.path.abspath(__file__), "--models", name, "--part", part]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"The part {part!r} of {name!r} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
