@@ -1,6 +1,7 @@
 """What a configuration would need of GPUs, before they are rented: the trainers' own calls on tensors without entries."""
 
 import copy
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -51,30 +52,30 @@ flop_counter = partial(FlopCounterMode, display=False, custom_mapping=ATTENTION_
 @dataclass
 class Plan:
     """
-    What [`plan`] found. Bytes are those of one GPU or one process, evaluations and FLOP those of all together.
+    What [`plan`] found. Sizes are in bytes, before they are shared among GPUs: `dataclasses.replace(found, num_gpus=64,
+    engine="fsdp2")` is the same run on others.
 
     Args:
-        model, method, engine, gpu (`str`): what is planned.
-        num_gpus (`int`): number of GPUs.
+        model, method, engine, gpu (`str`), num_gpus (`int`), bf16 (`bool`): what is planned.
         trained_parameters, frozen_parameters (`int`): of all components.
-        weights (`dict[str, int]`): bytes by component.
-        gradients, optimizer, average, reference (`int`): bytes of the gradients (and their buckets), the optimizer's moments,
-            the moving average and the copy of the weights that the KL divergence needs.
-        latents (`int`): bytes of one chunk's trajectories, completions and noise.
-        sampling, decoding (`int`): most bytes within one call of the denoiser and of the decoder.
-        activations, activations_checkpointed (`int`): most bytes within one micro-batch, without and with activation
-            checkpointing.
+        weights (`dict[str, int]`): by component, of those that are on the GPU.
+        denoisers (`list[str]`): components that are trained, and shared by FSDP2 and ZeRO-3.
+        largest_block (`int`): of these, which FSDP2 and ZeRO-3 gather in turn.
+        gradients, moments, average, reference (`int`): of the gradients, the optimizer, the moving average, and the copy of the
+            weights that the KL divergence needs.
+        latents (`int`): of one chunk's trajectories, completions and noise.
+        sampling, decoding (`int`): most within one call of the denoiser, and of the decoder.
+        activations, activations_checkpointed (`int`): most within one micro-batch.
         uses_checkpointing (`bool`): which of the two the configuration has.
-        cpu (`int`): bytes on the CPU: trained latents, pixels of two chunks, text encoders that wait there.
-        evaluations (`int`): evaluations of the policy (latents, not passes) in a generation; those of updates are as many as
-            trained steps.
-        decoded (`int`): images decoded in a generation.
-        reward_calls (`int`): images that a reward function scores in a generation.
-        generation_flop, update_flop (`int`): FLOP of a generation (denoiser and decoder) and of an update.
-        updates_per_generation, max_steps (`int`): optimizer updates; `max_steps` is -1 if not set.
-        checkpoint (`int`): bytes of a checkpoint at a generation's end; `checkpoint_within` adds what one within it has.
-        checkpoint_within (`int`): bytes of the generation that a checkpoint within it keeps, of all processes.
-        tflops (`float`): TFLOP/s assumed of one GPU.
+        images (`int`): what waits on the CPU of two chunks' pixels and of text encoders.
+        trajectories (`int`): trained latents of a generation, on the CPUs of all processes, and in a checkpoint within it.
+        checkpoint (`int`): a checkpoint at a generation's end.
+        evaluations, decoded, reward_calls (`int`): latents that the policy evaluates in a generation, final images that are
+            decoded, and those that each reward function scores.
+        generation_flop, update_flop (`int`): FLOP of a generation's sampling and decoding, and of an update, on all GPUs.
+        updates_per_generation (`int`): optimizer updates.
+        max_steps (`int`): updates of the run, 1000 if the configuration does not say.
+        efficiency (`float`): share of the GPU's peak that is assumed.
     """
 
     model: str
@@ -82,11 +83,14 @@ class Plan:
     engine: str
     gpu: str
     num_gpus: int
+    bf16: bool
     trained_parameters: int
     frozen_parameters: int
     weights: dict[str, int]
+    denoisers: list[str]
+    largest_block: int
     gradients: int
-    optimizer: int
+    moments: int
     average: int
     reference: int
     latents: int
@@ -95,7 +99,9 @@ class Plan:
     activations: int
     activations_checkpointed: int
     uses_checkpointing: bool
-    cpu: int
+    images: int
+    trajectories: int
+    checkpoint: int
     evaluations: int
     decoded: int
     reward_calls: int
@@ -103,52 +109,73 @@ class Plan:
     update_flop: int
     updates_per_generation: int
     max_steps: int
-    checkpoint: int
-    checkpoint_within: int
-    tflops: float
+    efficiency: float
 
     @property
-    def held(self) -> int:
-        """Bytes that a GPU holds all the time: weights, moments, average, reference."""
-        return sum(self.weights.values()) + self.optimizer + self.average + self.reference
+    def held(self) -> dict[str, int]:
+        """What one GPU holds all the time: its share of weights and moments."""
+        shares = 1 if self.engine == "ddp" else self.num_gpus
+        held = {f"weights of {name}": size for name, size in self.weights.items()}
+        if self.engine in ("fsdp2", "zero3") and shares > 1:
+            for name in self.denoisers:  # of the gathered blocks one is in use and one on its way
+                held[f"weights of {name}"] = self.weights[name] // shares + 2 * self.largest_block
+        copies = 4 * self.trained_parameters if self.bf16 and self.engine.startswith("zero") else 0
+        return held | {
+            "optimizer": (self.moments + copies) // shares,
+            "moving average": self.average,
+            "reference": self.reference,
+        }
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Most bytes of a GPU while it samples, decodes and updates."""
+        """Most that one GPU needs while it samples, decodes and updates."""
+        held = sum(self.held.values())
+        gradients = self.gradients // self.num_gpus if self.engine != "ddp" else self.gradients
+        if self.engine == "ddp" and self.num_gpus > 1:
+            gradients *= 2  # buckets in which they are reduced
         activations = self.activations_checkpointed if self.uses_checkpointing else self.activations
         return {
-            "sampling": self.held + self.latents + self.sampling,
-            "decoding": self.held + self.decoding,
-            "updating": self.held + self.gradients + activations,
+            "sampling": held + self.latents + self.sampling,
+            "decoding": held + self.decoding,
+            "updating": held + gradients + activations,
         }
 
     @property
+    def cpu(self) -> int:
+        """What one process needs on the CPU, beside its libraries."""
+        return self.images + self.trajectories // self.num_gpus
+
+    @property
     def hours(self) -> float:
-        """Hours of computation: of `max_steps` updates and their generations, or else of 1000. Rewards come on top."""
-        updates = self.max_steps if self.max_steps > 0 else 1000
-        generations = math.ceil(updates / self.updates_per_generation)
-        flop = generations * self.generation_flop + updates * self.update_flop
-        return flop / (self.num_gpus * self.tflops * 1e12) / 3600
+        """Hours of sampling, decoding and updates; rewards come on top."""
+        generations = math.ceil(self.max_steps / self.updates_per_generation)
+        flop = generations * self.generation_flop + self.max_steps * self.update_flop
+        return flop / (self.num_gpus * GPUS[self.gpu] * self.efficiency * 1e12) / 3600
 
     def __str__(self) -> str:
-        updates = self.max_steps if self.max_steps > 0 else 1000
-        sizes = {f"weights of {name}": size for name, size in self.weights.items()}
-        sizes |= {name: getattr(self, name) for name in ("gradients", "optimizer", "average", "reference", "latents")}
+        sizes = self.held | {name: getattr(self, name) for name in ("gradients", "latents")}
         sizes |= {"a call of the denoiser": self.sampling, "a call of the decoder": self.decoding}
         sizes |= {"activations": self.activations, "activations, checkpointed": self.activations_checkpointed}
+        sizes |= {f"**peak while {name}**": size for name, size in self.peaks.items()}
         rows = {
             "parameters": f"{self.trained_parameters:,} trained, {self.frozen_parameters:,} frozen",
             **{f"GPU: {name}": _text(size) for name, size in sizes.items()},
-            **{f"GPU: peak while {name}": _text(size) for name, size in self.peaks.items()},
             "CPU, per process": _text(self.cpu),
-            "a generation": f"{self.evaluations:,} evaluations, {self.decoded:,} images decoded, {self.reward_calls:,} "
-            f"images per reward function, {self.generation_flop / 1e12:,.2f} TFLOP",
-            "an update": f"{self.update_flop / 1e12:,.2f} TFLOP ({self.updates_per_generation} per generation)",
-            f"hours for {updates} updates": f"{self.hours:.2f}, without rewards, at {self.tflops:.0f} TFLOP/s of a {self.gpu}",
-            "a checkpoint": f"{_text(self.checkpoint)}, within a generation {_text(self.checkpoint_within)} more",
+            "a generation": f"{self.evaluations:,} evaluations, {self.decoded:,} images decoded, {self.reward_calls:,} scored by "
+            f"each reward function, {self.generation_flop / 1e12:,.3g} TFLOP",
+            "an update": f"{self.update_flop / 1e12:,.3g} TFLOP, {self.updates_per_generation} per generation",
+            f"{self.max_steps} updates": f"{self.hours:.3g} hours without rewards, at {self.efficiency:.0%} of the "
+            f"{GPUS[self.gpu]} TFLOP/s of a {self.gpu}",
+            "a checkpoint": f"{_text(self.checkpoint)}, within a generation {_text(self.trajectories)} more",
         }
-        head = f"{self.method} of {self.model}, {self.num_gpus} x {self.gpu}, {self.engine}"
-        return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+        head = f"{self.method} of {self.model}, {self.num_gpus} x {self.gpu}, {self.engine}, {'bf16' if self.bf16 else 'fp32'}"
+        lines = [f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+        lines += ["", f"| peak of a GPU | {' | '.join(ENGINES)} | hours |", "| --- |" + " --- |" * (len(ENGINES) + 1)]
+        for count in (1, 2, 4, 8, 16, 32, 64):
+            plans = [dataclasses.replace(self, num_gpus=count, engine=engine) for engine in ENGINES]
+            peaks = [_text(max(found.peaks.values())) for found in plans]
+            lines.append(f"| {count} x {self.gpu} | {' | '.join(peaks)} | {plans[0].hours:.3g} |")
+        return "\n".join(lines)
 
 
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -312,6 +339,32 @@ def _moments(optim: str) -> int:
     return {"sgd": 0, "adafactor": 0, "adagrad": 4, "lion_32bit": 4}.get(str(optim), 8)
 
 
+def _has_completions(args: DiffusionConfig) -> bool:
+    return isinstance(args, TPGRPOConfig) and args.credit != "outcome"
+
+
+def evaluations_per_image(args: DiffusionConfig) -> float:
+    """
+    Latents that the policy evaluates for one image of a generation, its completions included.
+
+    Args:
+        args ([`~flow_trl.trainer.diffusion_config.DiffusionConfig`]):
+            Arguments of the trainer.
+
+    Returns:
+        `float`: in a window that moves, the mean over its places.
+    """
+    steps, trained = args.num_inference_steps, args.num_trained_steps
+    if not _has_completions(args):
+        return steps
+    first, last = args.sde_window_range or (0, steps - 1)
+    starts = range(first, last - trained + 1)
+    taken = [range(start, start + trained) for start in starts]
+    # A completion's first step is the trajectory's own
+    lengths = [math.ceil((steps - i) / args.completion_steps) - 1 for window in taken for i in window]
+    return steps + sum(lengths) / len(starts)
+
+
 def plan(
     model: str | DiffusionPipeline,
     args: DiffusionConfig,
@@ -403,19 +456,10 @@ def plan(
     count = sum(weight.numel() for own in parameters.values() for weight in own)
     probe.watch(modules.values())
 
-    # What a process makes in a generation
-    steps, images = args.num_inference_steps, args.generation_batch_size // num_gpus
-    completed = method == "tp_grpo" and args.credit != "outcome"
+    steps, images, finals = args.num_inference_steps, args.generation_batch_size // num_gpus, 1
     stochastic = steps if isinstance(args, DDPOConfig) else args.num_trained_steps
-    starts = [0]
-    if stochastic < steps - 1:
-        first, last = getattr(args, "sde_window_range", None) or (0, steps - 1)
-        starts = range(first, last - stochastic + 1)
-    per_image = steps
-    if completed:  # a completion's first step is the trajectory's; a window may begin anywhere
-        lengths = [math.ceil((steps - start - k) / args.completion_steps) - 1 for start in starts for k in range(stochastic)]
-        per_image += sum(lengths) / len(starts)
-    finals = stochastic + 1 if completed else 1
+    if _has_completions(args):
+        finals += stochastic
     rollout_size = min(args.per_device_rollout_batch_size, images * finals)
     chunk = min(args.per_device_rollout_batch_size, images)
     decode_size = min(args.per_device_decode_batch_size or args.per_device_rollout_batch_size, chunk * finals)
@@ -462,7 +506,7 @@ def plan(
 
     # Sums
     generation_images = args.generation_batch_size
-    evaluations = round(generation_images * per_image)
+    evaluations = round(generation_images * evaluations_per_image(args))
     decoded = generation_images * (finals + (steps if method == "tdpo_r" and args.use_critic else 0))
     step_flop = sampling_flop / rollout_size
     generation_flop = evaluations * step_flop + decoded * decoding_flop / decode_size
@@ -475,51 +519,46 @@ def plan(
     update_images = generation_images // args.updates_per_generation
     update_flop = update_images * args.num_trained_steps // args.num_sweeps * micro_flop
 
-    shares = num_gpus if engine != "ddp" else 1
-    if engine in ("fsdp2", "zero3") and num_gpus > 1:
-        for name, denoiser in denoisers.items():
-            blocks = [block for part in denoiser.children() if isinstance(part, torch.nn.ModuleList) for block in part]
-            gathered = 2 * max((_bytes(block.parameters()) for block in blocks), default=0)  # one in use, one on its way
-            weights[name] = weights[name] // num_gpus + gathered
+    blocks = [b for d in denoisers.values() for part in d.children() if isinstance(part, torch.nn.ModuleList) for b in part]
     waiting = 0
     if args.offload_text_encoders:
         waiting = sum(weights.pop(name) for name in list(weights) if name.startswith("text_encoder"))
-    buckets = 2 if engine == "ddp" and num_gpus > 1 else 1
-    master = 4 * trained_count if engine.startswith("zero") and bf16 else 0
-    average = trained_bytes if args.ema_decay else 0
     latent, pixel_bytes = 4 * latents[0].numel(), pixels[0][0].numel()
-    trajectory = latent * (stochastic + 1) + 4 * stochastic
-    saved = _bytes(weight for name in denoisers for weight in parameters[name]) if not is_lora else trained_bytes
+    denoiser_bytes = sum(_bytes(parameters[name]) for name in denoisers)
+    average, moments = trained_bytes if args.ema_decay else 0, trained_count * _moments(args.optim)
     return Plan(
         model=model if isinstance(model, str) else model.name_or_path or type(model).__name__,
         method=method,
         engine=engine,
         gpu=gpu,
         num_gpus=num_gpus,
+        bf16=bool(bf16),
         trained_parameters=trained_count,
         frozen_parameters=count - trained_count,
         weights=weights,
-        gradients=buckets * trained_bytes // shares,
-        optimizer=(trained_count * _moments(args.optim) + master) // shares,
+        denoisers=list(denoisers),
+        largest_block=max((_bytes(block.parameters()) for block in blocks), default=0),
+        gradients=trained_bytes,
+        moments=moments,
         average=average,
-        reference=_bytes(weight for name in denoisers for weight in parameters[name]) if args.beta and not is_lora else 0,
-        latents=(stochastic + 2 + finals + stochastic) * chunk * latent,
+        reference=denoiser_bytes if args.beta and not is_lora else 0,
+        latents=(2 * stochastic + 1 + finals) * chunk * latent,
         sampling=sampling,
         decoding=decoding,
         activations=training[False][0],
         activations_checkpointed=training[True][0],
         uses_checkpointing=bool(args.activation_checkpointing),
-        cpu=waiting + images * trajectory + chunk * pixel_bytes * (2 * finals * 3 + 4) // 3,
+        images=waiting + chunk * pixel_bytes * (6 * finals + 4) // 3,  # two chunks, and a completion as PIL images
+        trajectories=generation_images * (latent * (stochastic + 1) + 4 * stochastic),
+        checkpoint=(trained_bytes if is_lora else denoiser_bytes) + trained_bytes + average + moments,
         evaluations=evaluations,
         decoded=decoded,
         reward_calls=generation_images * finals,
         generation_flop=round(generation_flop),
         update_flop=round(update_flop),
         updates_per_generation=args.updates_per_generation * args.num_sweeps * args.num_iterations,
-        max_steps=args.max_steps,
-        checkpoint=saved + trained_bytes + average + trained_count * _moments(args.optim),
-        checkpoint_within=generation_images * trajectory,
-        tflops=GPUS[gpu] * efficiency,
+        max_steps=args.max_steps if args.max_steps > 0 else 1000,
+        efficiency=efficiency,
     )
 
 
