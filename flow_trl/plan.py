@@ -39,8 +39,8 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 METHODS = {"flow_grpo": FlowGRPOConfig, "tp_grpo": TPGRPOConfig, "ddpo": DDPOConfig, "tdpo_r": TDPORConfig}
 GB = 10**9
 ATTENTION_ON_CPU = {  # which torch does not count by itself
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *args, **kwargs: sdpa_flop_count(
-        query, key, value
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *args, **kwargs: (
+        sdpa_flop_count(query, key, value)
     ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, query, key, value, *args, **kwargs: sdpa_backward_flop_count(gradient, query, key, value)
@@ -427,7 +427,9 @@ def plan(
         raise ValueError(f"`efficiency={efficiency}` is a share of the GPU's peak: it must be in (0, 1].")
     method = next((name for name, config in METHODS.items() if type(args) is config), None)
     if method is None:
-        raise ValueError(f"`args` is a {type(args).__name__}: plan with one of {[c.__name__ for c in METHODS.values()]}.")
+        raise ValueError(
+            f"`args` is a {type(args).__name__}: plan with one of {[c.__name__ for c in METHODS.values()]}."
+        )
     unit = args.per_device_train_batch_size * num_gpus * args.updates_per_generation
     if num_gpus < 1 or args.generation_batch_size % unit:
         raise ValueError(
@@ -439,7 +441,11 @@ def plan(
     pipe = _on_meta(model, dtype, args.model_init_kwargs or {})
     if isinstance(args, DDPOConfig):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    options = {"guidance_scale": args.guidance_scale, "negative_prompt": args.negative_prompt, **(args.pipeline_kwargs or {})}
+    options = {
+        "guidance_scale": args.guidance_scale,
+        "negative_prompt": args.negative_prompt,
+        **(args.pipeline_kwargs or {}),
+    }
     denoisers = PipelinePolicy(pipe, **options).denoisers
     is_lora = prepare_denoisers(pipe, denoisers, peft_config)
     policy, probe = PipelinePolicy(pipe, **options), _Probe()  # anew: an adapter may have wrapped the denoiser
@@ -519,7 +525,9 @@ def plan(
     update_images = generation_images // args.updates_per_generation
     update_flop = update_images * args.num_trained_steps // args.num_sweeps * micro_flop
 
-    blocks = [b for d in denoisers.values() for part in d.children() if isinstance(part, torch.nn.ModuleList) for b in part]
+    blocks = [
+        b for d in denoisers.values() for part in d.children() if isinstance(part, torch.nn.ModuleList) for b in part
+    ]
     waiting = 0
     if args.offload_text_encoders:
         waiting = sum(weights.pop(name) for name in list(weights) if name.startswith("text_encoder"))

@@ -50,7 +50,9 @@ def test_counts_are_those_of_a_run(tmp_path, small):
     assert small.method == "tp_grpo" and small.model == "StableDiffusion3Pipeline"
     assert trainer._totals == {"total_nfe": small.evaluations, "total_reward_calls": small.reward_calls}
     assert small.trained_parameters == sum(weight.numel() for weight in trainer._trained.values())
-    everything = [module.parameters() for module in trainer.policy.pipe.components.values() if hasattr(module, "parameters")]
+    everything = [
+        module.parameters() for module in trainer.policy.pipe.components.values() if hasattr(module, "parameters")
+    ]
     assert small.trained_parameters + small.frozen_parameters == sum(p.numel() for own in everything for p in own)
     moments = trainer.optimizer.state.values()
     assert small.moments == sum(state[name].nbytes for state in moments for name in ("exp_avg", "exp_avg_sq"))
@@ -77,7 +79,9 @@ def test_evaluations_of_an_image(options, evaluations):
 
 
 def test_engines_share_what_they_share(small):
-    plans = {engine: dataclasses.replace(small, num_gpus=4, engine=engine) for engine in ("ddp", "fsdp2", "zero2", "zero3")}
+    plans = {
+        engine: dataclasses.replace(small, num_gpus=4, engine=engine) for engine in ("ddp", "fsdp2", "zero2", "zero3")
+    }
     weights = {engine: found.held["weights of transformer"] for engine, found in plans.items()}
     assert weights["ddp"] == weights["zero2"] > weights["fsdp2"] == weights["zero3"] > weights["ddp"] / 4
     assert plans["ddp"].held == small.held
@@ -98,7 +102,9 @@ def test_bad_input():
         plan(pipe, args, LORA, gpu="H1")
     with pytest.raises(ValueError, match=r"`efficiency=1.2` is a share"):
         plan(pipe, args, LORA, efficiency=1.2)
-    with pytest.raises(ValueError, match=r"`num_gpus=3` does not fit: `generation_batch_size=16` must be a multiple of"):
+    with pytest.raises(
+        ValueError, match=r"`num_gpus=3` does not fit: `generation_batch_size=16` must be a multiple of"
+    ):
         plan(pipe, args, LORA, num_gpus=3)
 
 
@@ -110,7 +116,9 @@ def test_command_line_reads_no_weights(tmp_path):
         if not (tmp_path / path.name).exists():
             os.symlink(path, tmp_path / path.name)
     assert not list(tmp_path.rglob("*.safetensors"))
-    (tmp_path / "run.yaml").write_text(json.dumps({"num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}}))
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({"num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}})
+    )
     command = [sys.executable, "-m", "flow_trl.plan", "--model_name_or_path", str(tmp_path), "--num_gpus", "8"]
     command += ["--config", str(tmp_path / "run.yaml"), "--engine", "fsdp2", "--gpu", "A100", "--max_steps", "100"]
     command += ["--generation_batch_size", "1152", "--per_device_train_batch_size", "8", "--guidance_scale", "1"]

@@ -67,7 +67,9 @@ def vae(channels: tuple[int, ...], latent_channels: int, **options: Any) -> Auto
     return AutoencoderKL(latent_channels=latent_channels, layers_per_block=2, **blocks, **options)
 
 
-def transformer_pipeline(layers: int, heads: int, channels: tuple[int, ...], text: int, **options: Any) -> DiffusionPipeline:
+def transformer_pipeline(
+    layers: int, heads: int, channels: tuple[int, ...], text: int, **options: Any
+) -> DiffusionPipeline:
     """The tiny world's flow pipeline with another transformer and autoencoder, random ones."""
     pipe = tiny.load_flow_pipeline()
     decoder = vae(channels, 16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
@@ -271,7 +273,9 @@ def main() -> None:
             parts["compiled"] = run(name, "compiled")
         print(f"\n{name} on {device}\n\n| | {' | '.join(parts)} |\n| --- |{' --- |' * len(parts)}")
         rows = {"largest deviation of the first ratio": ("ratio", 1), "share clipped": ("clipped", 1)}
-        rows |= {f"seconds of a{'n' if x == 'update' else ''} {x}": (f"seconds/{x}", 1) for x in ("generation", "update")}
+        rows |= {
+            f"seconds of a{'n' if x == 'update' else ''} {x}": (f"seconds/{x}", 1) for x in ("generation", "update")
+        }
         rows |= {"share of the denoiser in sampling": ("share", 1)}
         for title, (key, scale) in rows.items():
             print(f"| {title} | {' | '.join(f'{part[key] / scale:.3g}' for part in parts.values())} |")
@@ -287,7 +291,9 @@ def main() -> None:
             print(f"| {title} | {measured / scale:.4g} | {said / scale:.4g} | {said / measured:.3f} |")
         if on_gpu:
             fsdp = run(name, "fsdp2")
-            print(f"\nFSDP2, {name}: deviation {fsdp['ratio']:.3g}, clipped {fsdp['clipped']:.3g}, {fsdp['seconds']:.1f} s for a")
+            print(
+                f"\nFSDP2, {name}: deviation {fsdp['ratio']:.3g}, clipped {fsdp['clipped']:.3g}, {fsdp['seconds']:.1f} s for a"
+            )
             print(f"generation and an update, {fsdp['bytes'] / 1e9:.2f} GB")
         sys.stdout.flush()
 
