@@ -525,9 +525,8 @@ def plan(
     update_images = generation_images // args.updates_per_generation
     update_flop = update_images * args.num_trained_steps // args.num_sweeps * micro_flop
 
-    blocks = [
-        b for d in denoisers.values() for part in d.children() if isinstance(part, torch.nn.ModuleList) for b in part
-    ]
+    parts = [part for denoiser in denoisers.values() for part in denoiser.children()]
+    blocks = [block for part in parts if isinstance(part, torch.nn.ModuleList) for block in part]
     waiting = 0
     if args.offload_text_encoders:
         waiting = sum(weights.pop(name) for name in list(weights) if name.startswith("text_encoder"))
@@ -572,23 +571,7 @@ def plan(
 
 @dataclass
 class ScriptArguments:
-    """
-    Arguments of `python -m flow_trl.plan`, beside those of the method's config.
-
-    Args:
-        model_name_or_path (`str`):
-            Pipeline: Hub id or folder, of which configs and tokenizers are read.
-        method (`str`, *optional*, defaults to `"tp_grpo"`):
-            `"tp_grpo"`, `"flow_grpo"`, `"tdpo_r"` or `"ddpo"`.
-        num_gpus (`int`, *optional*, defaults to `1`):
-            Number of GPUs.
-        engine, gpu, efficiency:
-            See [`plan`].
-        precision (`str`, *optional*, defaults to `"bf16"`):
-            `"bf16"` or `"fp32"`, whatever this machine has.
-        lora_rank, lora_alpha, lora_target_modules:
-            As in the examples; rank 0 trains all weights.
-    """
+    """Arguments of `python -m flow_trl.plan`, beside those of the method's config; see [`plan`]."""
 
     model_name_or_path: str = field(metadata={"help": "Pipeline: Hub id or folder."})
     method: str = field(default="tp_grpo", metadata={"help": "Trainer.", "choices": list(METHODS)})
@@ -617,17 +600,8 @@ def main() -> None:
     if arguments.lora_rank:
         targets = {"lora_alpha": arguments.lora_alpha, "target_modules": arguments.lora_target_modules}
         peft_config = LoraConfig(r=arguments.lora_rank, **targets)
-    found = plan(
-        arguments.model_name_or_path,
-        args,
-        peft_config,
-        bf16=arguments.precision == "bf16",
-        num_gpus=arguments.num_gpus,
-        engine=arguments.engine,
-        gpu=arguments.gpu,
-        efficiency=arguments.efficiency,
-    )
-    print(found)
+    options = {name: getattr(arguments, name) for name in ("num_gpus", "engine", "gpu", "efficiency")}
+    print(plan(arguments.model_name_or_path, args, peft_config, bf16=arguments.precision == "bf16", **options))
 
 
 if __name__ == "__main__":
