@@ -4,14 +4,13 @@ import dataclasses
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig
 
-from flow_trl.plan import evaluations_per_image, plan
+from flow_trl.plan import evaluations_per_image, main, plan
 from flow_trl.tiny import FLOW_FOLDER
 from tests import pipelines
 from tests.trainer.runs import TARGETS, make_config, make_trainer
@@ -108,7 +107,7 @@ def test_bad_input():
         plan(pipe, args, LORA, num_gpus=3)
 
 
-def test_command_line_reads_no_weights(tmp_path):
+def test_command_line_reads_no_weights(tmp_path, monkeypatch, capsys):
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         (tmp_path / name).mkdir()
         os.symlink(FLOW_FOLDER / name / "config.json", tmp_path / name / "config.json")
@@ -119,11 +118,13 @@ def test_command_line_reads_no_weights(tmp_path):
     (tmp_path / "run.yaml").write_text(
         json.dumps({"num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}})
     )
-    command = [sys.executable, "-m", "flow_trl.plan", "--model_name_or_path", str(tmp_path), "--num_gpus", "8"]
-    command += ["--config", str(tmp_path / "run.yaml"), "--engine", "fsdp2", "--gpu", "A100", "--max_steps", "100"]
-    command += ["--generation_batch_size", "1152", "--per_device_train_batch_size", "8", "--guidance_scale", "1"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert output.startswith(f"| tp_grpo of {tmp_path}, 8 x A100, fsdp2 | |")
+    options = ["--model_name_or_path", str(tmp_path), "--config", str(tmp_path / "run.yaml"), "--engine", "fsdp2"]
+    options += ["--num_gpus", "8", "--gpu", "A100", "--max_steps", "100", "--guidance_scale", "1"]
+    options += ["--generation_batch_size", "1152", "--per_device_train_batch_size", "8", "--precision", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["plan", *options])
+    main()
+    output = capsys.readouterr().out
+    assert output.startswith(f"| tp_grpo of {tmp_path}, 8 x A100, fsdp2, fp32 | |")
     assert "| a generation | 6,912 evaluations, 3,456 images decoded" in output
     assert "| 100 updates |" in output and "at 40% of the 312 TFLOP/s of a A100" in output
     assert "| 64 x A100 |" in output
