@@ -54,6 +54,8 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..utils import import_dotted
+
 
 if TYPE_CHECKING:
     from .remote import RemoteReward as RemoteReward
@@ -98,13 +100,15 @@ def get_reward_func(reward: str | Callable) -> Callable:
 
     Args:
         reward (`str` or `Callable`):
-            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), or a reward function, which is returned unchanged.
+            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), dotted path of a function or of a class that is made
+            without arguments, or a reward function, which is returned unchanged.
 
     Returns:
         `Callable`: the reward function, see [`flow_trl.rewards`] for how it is called.
 
     Raises:
-        ValueError: if `reward` is a `str` that names no built-in reward, or one whose model cannot be loaded.
+        ValueError: if `reward` is a `str` that names no built-in reward and nothing that can be imported, or one whose
+            model cannot be loaded.
         TypeError: if `reward` is neither a `str` nor a callable.
         MissingExtraError: if the built-in reward needs an optional package that is not installed.
 
@@ -120,10 +124,13 @@ def get_reward_func(reward: str | Callable) -> Callable:
     ```
     """
     if isinstance(reward, str):
+        if "." in reward:
+            return import_dotted(reward, "reward")
         if reward not in BUILT_IN_REWARDS:
             raise ValueError(
                 f"`reward` is {reward!r}, which is no built-in reward. The built-in ones are "
-                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable)."
+                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable) or its "
+                "dotted path, such as 'my_package.rewards.darkness'."
             )
         return BUILT_IN_REWARDS[reward]()
     if not callable(reward):

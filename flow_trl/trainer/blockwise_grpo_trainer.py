@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from ..blocks import Block, check_blocks, parse_completion
+from ..console import use_console
 from ..credit import block_advantages, token_advantages
 from .blockwise_grpo_config import BlockwiseGRPOConfig
 
@@ -119,6 +120,7 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
+        self.console = use_console(self)
         if len(self.reward_funcs) != len(self._block_of_func):  # TRL adds to the list it was given
             raise ValueError(
                 "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "
