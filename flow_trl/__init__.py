@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .trainer.tp_grpo_trainer import TPGRPOTrainer as TPGRPOTrainer
 
 # Said by transformers of each image processor that diffusers names, used or not. The extra `clip` brings the faster ones.
-logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.msg)
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in str(record.msg)
+)
 
 __version__ = "0.1.0.dev0"
 

@@ -3,7 +3,6 @@
 import atexit
 import base64
 import io
-import logging
 import os
 import re
 import sys
@@ -19,9 +18,6 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import is_rich_available
 
 
-logger = logging.getLogger(__name__)
-
-
 class Column(NamedTuple):
     """
     A column of the table.
@@ -30,37 +26,38 @@ class Column(NamedTuple):
         header (`str`): its title; `{}` stands for what the pattern's group matched, with a column for each.
         pattern (`str`): regular expression of the names of metrics whose mean is shown. Without any there is no column.
         meaning (`str`): said once, above the table.
-        is_share (`bool`): whether values are shown in percent.
+        spec (`str`, *optional*): how a value is formatted, such as `".1%"`; in about four digits if not set.
     """
 
     header: str
     pattern: str
     meaning: str
-    is_share: bool = False
+    spec: str | None = None
 
 
 COLUMNS = [
     Column("reward", r"reward", "mean of the training samples"),
     Column("{}", r"blocks/(.+)/reward", "mean reward of each block"),
     Column("step corr.", r"control_variate/.*correlation_\d+", "correlation of rewards before and after a step"),
-    Column("turning", r"turning_points/.*step_\d+", "steps that are turning points", is_share=True),
+    Column("turning", r"turning_points/.*step_\d+", "steps that are turning points", ".1%"),
     Column("critic", r"critic/explained_variance", "share of the returns' variance that the critic explains"),
     Column("kl", r"kl", "divergence from the reference"),
-    Column("clipped", r"clip_ratio/region_mean", "ratios outside of the clip range", is_share=True),
+    Column("clipped", r"clip_ratio/region_mean", "ratios outside of the clip range", ".1%"),
     Column("length", r"completions/mean_length", "tokens of a completion"),
-    Column("sample s", r"time/sampling", "seconds of a generation's denoising"),
-    Column("decode s", r"time/decoding", "of its decoder"),
-    Column("wait s", r"time/reward_wait", "of waiting for its rewards"),
-    Column("train s", r"time/update", "of an update"),
-    Column("step s", r"step_time", "seconds of an update with its share of the generation"),
+    Column("sample s", r"time/sampling", "seconds of a generation's denoising", ".1f"),
+    Column("decode s", r"time/decoding", "of its decoder", ".1f"),
+    Column("wait s", r"time/reward_wait", "of waiting for its rewards", ".1f"),
+    Column("train s", r"time/update", "of an update", ".1f"),
+    Column("step s", r"step_time", "seconds of an update with its share of the generation", ".1f"),
 ]
 
 
-def number(value: float) -> str:
-    """A number in four digits or so."""
-    if 0 < abs(value) < 0.01:
+def number(value: float, like: float | None = None) -> str:
+    """A number in about four digits, or in as many decimals as another one."""
+    size = abs(value if like is None else like)
+    if 0 < size < 0.01:
         return f"{value:.2g}"
-    return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
+    return f"{value:.{3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0}f}"
 
 
 def duration(seconds: float) -> str:
@@ -93,17 +90,16 @@ class ConsoleCallback(TrainerCallback):
 
     def __init__(self, columns: list[Column] | None = None):
         self.columns = COLUMNS if columns is None else columns
-        self.title, self.eval_sets, self.is_quiet = "", [""], False
+        self.title, self.eval_sets, self.is_quiet, self.evaluates = "", [""], False, False
         self._screen: Any = None
-        self._reset()
+        self._begin(is_training=False)
 
-    def _reset(self) -> None:
-        self._bar = self._evaluating = None
-        self._head: list[tuple[str, list[str], bool]] | None = None  # header, metrics, whether it is a share
-        self._row: dict[str, Any] = {}
-        self._waiting: list[dict[str, Any]] = []
-        self._first: dict[str, float] = {}  # held-out rewards of the first evaluation
-        self._shown: dict[str, str] = {}
+    def _begin(self, is_training: bool) -> None:
+        self._is_training, self._bar, self._evaluating = is_training, None, None
+        self._head: list[tuple[str, list[str], str | None]] | None = None  # header, names of metrics, format
+        self._row: dict[str, Any] = {}  # is being filled
+        self._waiting: list[dict[str, Any]] = []  # for the table to begin
+        self._beside: dict[str, str] = {}  # what stands beside the bar
 
     @property
     def screen(self) -> Any:
@@ -127,13 +123,13 @@ class ConsoleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.screen.close()
-        self._reset()
+        self._begin(is_training=True)
         self.began, self.first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
         size, group = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
         sizes = f", generations of {size} samples: {size // group} prompts, {group} of each" if size and group else ""
-        self.screen.print(f"{self.title}: {state.max_steps} updates{sizes}\n")
+        self.screen.print(f"{self.title}: {state.max_steps} updates{sizes}\n", "bold")
         if not self.is_quiet:
             self._bar = self.screen.task(state.max_steps, "Training")
             self._bar.update(state.global_step)
@@ -166,8 +162,8 @@ class ConsoleCallback(TrainerCallback):
         if evaluated:
             self._row.setdefault("update", state.global_step)
             for name in evaluated:
-                self._add_evaluation(name, logs)
-            if all(_title(name) in self._row for name in self.eval_sets):
+                self._add_evaluation(name, logs, state.log_history)
+            if all(f"held out {name}".strip(" _") in self._row for name in self.eval_sets):
                 self._flush()
         elif "loss" in logs:
             self._flush()
@@ -176,25 +172,26 @@ class ConsoleCallback(TrainerCallback):
             if "reward" in logs:
                 self._show(reward=f"reward {number(logs['reward'])}")
             self._row = {"update": state.global_step}
-            for header, names, is_share in self._head:
+            for header, names, spec in self._head:
                 values = [logs[name] for name in names if logs.get(name) is not None]
                 if values:
-                    self._row[header] = f"{np.mean(values):.1%}" if is_share else number(np.mean(values))
+                    self._row[header] = format(np.mean(values), spec) if spec else number(np.mean(values))
             if not control.should_evaluate:  # otherwise the evaluation comes into the same line
                 self._flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._flush()
-        for row in self._waiting:
-            self._print_row(row)
-        self._waiting = []
         self.screen.close()
-        self._bar = None
+        waiting, done = self._waiting, state.global_step - self.first_step
+        self._begin(is_training=False)
+        for row in waiting:
+            self._print_row(row)
         if state.is_world_process_zero:
-            done = state.global_step - self.first_step
             self.screen.print(f"\n{done} updates in {duration(time.monotonic() - self.began)}")
 
-    def show_completions(self, step: int, table: dict[str, list], count: int | None, image: Image.Image | None) -> None:
+    def show_completions(
+        self, step: int, table: dict[str, list], count: int | None, image: Image.Image | None
+    ) -> None:
         """
         Prints some rows of a table of samples, spread over it, and a picture where pictures can be shown.
 
@@ -224,67 +221,57 @@ class ConsoleCallback(TrainerCallback):
 
     def _show(self, **parts: str) -> None:
         """Changes parts of what stands beside the bar."""
-        self._shown |= parts
+        self._beside |= parts
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(self._shown.values()))
+            self._bar.set_postfix_str("  ".join(self._beside.values()))
 
-    def _add_evaluation(self, name: str, logs: dict[str, float]) -> None:
-        value, error, title = logs[f"eval_{name}reward"], logs.get(f"eval_{name}reward_se"), _title(name)
-        change = value - self._first.setdefault(name, value)
-        self._row[title] = number(value) + (f" ±{number(error)}" if error is not None else "")
-        self._row[f"change {name}".strip(" _")] = ("+" if change >= 0 else "-") + number(abs(change))
-        sign = "+" if change >= 0 else "-"
-        self._show(**{title: f"{title} {number(value)} ({sign}{number(abs(change))})"})
+    def _add_evaluation(self, name: str, logs: dict[str, float], history: list[dict]) -> None:
+        key = f"eval_{name}reward"
+        value, error = logs[key], logs.get(f"{key}_se")
+        change = value - next((entry[key] for entry in history if key in entry), value)
+        held_out, changed = (f"{title} {name}".strip(" _") for title in ("held out", "change"))
+        self._row[held_out] = number(value) + (f" ±{number(error, value)}" if error is not None else "")
+        self._row[changed] = f"{'-' if change < 0 else '+'}{number(abs(change), value)}"
+        self._show(**{held_out: f"{held_out} {number(value)} ({self._row[changed]})"})
 
     def _begin_table(self, logs: dict[str, float]) -> None:
-        head, meanings = [], ["update: number of updates so far"]
+        """Prints what the columns mean, and their headers."""
+        self._head, meanings, titles = [], ["update: number of updates so far"], ["update"]
         for column in self.columns:
-            matches = [match for name in logs if (match := re.fullmatch(column.pattern, name))]
             headers: dict[str, list[str]] = {}
-            for match in matches:
-                headers.setdefault(column.header.format(*match.groups()), []).append(match.string)
-            head += [(header, names, column.is_share) for header, names in headers.items()]
+            for name in logs:
+                if match := re.fullmatch(column.pattern, name):
+                    headers.setdefault(column.header.format(*match.groups()), []).append(name)
+            self._head += [(header, names, column.spec) for header, names in headers.items()]
+            titles += headers
             if headers:
                 meanings.append(f"{', '.join(headers)}: {column.meaning}")
-        self._head = head
-        titles = ["update"] + [header for header, _, _ in head]
-        if self._waiting or self._evaluates:
-            held_out = [title for name in self.eval_sets for title in (_title(name), f"change {name}".strip(" _"))]
+        if self._waiting or self.evaluates:
+            held_out = [f"{title} {name}".strip(" _") for name in self.eval_sets for title in ("held out", "change")]
             titles[2:2] = held_out
-            meanings.insert(2, "held out: reward of the evaluation ± standard error; change: since the first evaluation")
-        self._widths = {
-            title: max(len(title), 13 if title.startswith("held out") else 6 if title == "update" else 7)
-            for title in titles
-        }
-        self.screen.print("\n".join(f"  {meaning}" for meaning in meanings) + "\n")
+            meanings.insert(2, "held out: reward of the evaluation ± standard error; change: since the first one")
+        self._widths = {title: max(len(title), 13 if title.startswith("held out") else 6) for title in titles}
         line = "  ".join(f"{title:>{width}}" for title, width in self._widths.items())
+        self.screen.print("\n".join(f"  {meaning}" for meaning in meanings) + "\n")
         self.screen.print(f"{line}\n{'-' * len(line)}", "bold")
         waiting, self._waiting = self._waiting, []
         for row in waiting:
             self._print_row(row)
 
-    _evaluates = False
-
     def _flush(self) -> None:
-        """Prints the line that is being filled."""
+        """Prints the line that was filled, as soon as the table has begun."""
         row, self._row = self._row, {}
-        if row and self._head is None and self._bar is None and not self.is_quiet:
-            self._print_row(row)  # an evaluation outside of a training
-        elif row and self._head is None:
+        if row and self._is_training and self._head is None:
             self._waiting.append(row)
         elif row:
             self._print_row(row)
 
     def _print_row(self, row: dict[str, Any]) -> None:
         if self._head is None:
-            self.screen.print(", ".join(f"{title} {cell}" for title, cell in row.items()))
-            return
-        line = "  ".join(f"{row.get(title, ''):>{width}}" for title, width in self._widths.items())
-        self.screen.print(line.rstrip(), "cyan" if any(_title(name) in row for name in self.eval_sets) else None)
-
-
-def _title(eval_set: str) -> str:
-    return f"held out {eval_set}".strip(" _")
+            self.screen.print("  ".join(f"{title} {cell}" for title, cell in row.items()))
+        else:
+            line = "  ".join(f"{row.get(title, ''):>{width}}" for title, width in self._widths.items())
+            self.screen.print(line.rstrip(), "cyan" if "change" in " ".join(row) else None)
 
 
 def use_console(trainer: Any) -> ConsoleCallback:
@@ -306,7 +293,9 @@ def use_console(trainer: Any) -> ConsoleCallback:
     ```
     """
     callbacks = trainer.callback_handler.callbacks
-    for callback in [c for c in callbacks if type(c) in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)]:
+    for callback in [
+        c for c in callbacks if type(c) in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
+    ]:
         trainer.remove_callback(callback)
     console = next((callback for callback in callbacks if isinstance(callback, ConsoleCallback)), None)
     if console is None:
@@ -314,7 +303,7 @@ def use_console(trainer: Any) -> ConsoleCallback:
         trainer.add_callback(console)
     console.title = type(trainer).__name__
     console.is_quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-    console._evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
+    console.evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
     if isinstance(trainer.eval_dataset, dict):
         console.eval_sets = [f"{name}_" for name in trainer.eval_dataset]
     return console
@@ -356,11 +345,17 @@ class Rich:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console = Console(highlight=False, markup=False)
-        columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[text]}")
+        columns = (
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TextColumn("{task.fields[text]}"),
+        )
         self.bars = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
 
     def task(self, total: int, description: str) -> "RichTask":
-        self.bars.start()
+        if self.console.is_terminal:
+            self.bars.start()
         return RichTask(self, self.bars.add_task(description, total=total, text=""))
 
     def print(self, text: str, style: str | None = None) -> None:
@@ -376,7 +371,8 @@ class Rich:
     def close(self) -> None:
         for task in self.bars.task_ids:
             self.bars.remove_task(task)
-        self.bars.stop()
+        if self.bars.live.is_started:
+            self.bars.stop()
 
 
 class RichTask:
@@ -386,18 +382,15 @@ class RichTask:
         self.screen, self.number = screen, number
 
     def update(self, n: int) -> None:
-        if self.number in self.screen.bars.task_ids:
-            self.screen.bars.advance(self.number, n)
+        self.screen.bars.advance(self.number, n)
 
     def set_postfix_str(self, text: str) -> None:
-        if self.number in self.screen.bars.task_ids:
-            self.screen.bars.update(self.number, text=text)
+        self.screen.bars.update(self.number, text=text)
 
     def close(self) -> None:
-        if self.number in self.screen.bars.task_ids:
-            self.screen.bars.remove_task(self.number)
+        self.screen.bars.remove_task(self.number)
         if not self.screen.bars.tasks:
-            self.screen.bars.stop()
+            self.screen.close()
 
 
 class Notebook:

@@ -85,9 +85,7 @@ class Evaluations:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_images(
-        self, images: list, name: str, dataset: datasets.Dataset, rows: list[int]
-    ) -> Image.Image | None:
+    def _save_images(self, images: list, name: str, dataset: datasets.Dataset, rows: list[int]) -> Image.Image | None:
         """A grid of images, each after the one that its prompt came with, if there is one."""
         if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
             return None
@@ -104,7 +102,11 @@ class Evaluations:
 
     def _save_completions(self, images: list, table: dict[str, list], rows: list[int]) -> None:
         """A grid of training images, and a table of all images of their generation, which are shown too."""
-        args, step, grid = self.args, self.state.global_step, self._save_images(images, "train", self.train_dataset, rows)
+        args, step, grid = (
+            self.args,
+            self.state.global_step,
+            self._save_images(images, "train", self.train_dataset, rows),
+        )
         if not self.is_world_process_zero():
             return
         folder, table = _completions_folder(args), pd.DataFrame(table)

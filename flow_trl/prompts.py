@@ -84,7 +84,9 @@ def _entry(name: str, count: int = 1, color: str | None = None, position: list[s
 def _scene(tag: str, rng: random.Random) -> tuple[Any, dict[str, Any]]:
     """A random row of a kind, and what is in it whatever the order."""
     colored = tag in ("colors", "color_attr")
-    names = rng.sample(CLASSES[1:] if colored else CLASSES, 2 if tag in ("two_object", "position", "color_attr") else 1)
+    names = rng.sample(
+        CLASSES[1:] if colored else CLASSES, 2 if tag in ("two_object", "position", "color_attr") else 1
+    )
     colors = rng.sample(COLORS, len(names)) if colored else [None] * len(names)
     include = [_entry(name, color=color) for name, color in zip(names, colors, strict=True)]
     exclude = None
@@ -119,7 +121,10 @@ def _draw(make: Callable, size: int, is_test: bool) -> list[dict[str, Any]]:
 _text, _number = Value("string"), Value("int64")
 _counted = {"class": _text, "count": _number}
 _GENEVAL_FEATURES = Features(
-    prompt=_text, tag=_text, include=List({**_counted, "color": _text, "position": List(_text)}), exclude=List(_counted)
+    prompt=_text,
+    tag=_text,
+    include=List({**_counted, "color": _text, "position": List(_text)}),
+    exclude=List(_counted),
 )
 PROMPT_SETS: dict[str, Callable[[bool], Dataset]] = {
     "geneval": lambda is_test: Dataset.from_list(
@@ -173,7 +178,9 @@ def load_prompts(name: str, eval_size: int = 1000) -> tuple[Dataset, Dataset]:
         try:
             data = load_dataset(name)
         except Exception as error:
-            error.add_note(f"`dataset_name={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file.")
+            error.add_note(
+                f"`dataset_name={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
+            )
             raise
     return split_prompts(data, eval_size)
 
@@ -182,7 +189,9 @@ def split_prompts(data: dict[str, Dataset], eval_size: int) -> tuple[Dataset, Da
     """The split `train`, and so many rows of the split `test`, or of `train` where there is none."""
     if "test" not in data:
         if len(data["train"]) < 2:
-            raise ValueError(f"There are {len(data['train'])} rows: at least two are needed, one of them for evaluation.")
+            raise ValueError(
+                f"There are {len(data['train'])} rows: at least two are needed, one of them for evaluation."
+            )
         data = data["train"].train_test_split(test_size=max(1, min(eval_size, len(data["train"]) // 10)), seed=0)
     test = data["test"].shuffle(seed=0)
     return data["train"], test.select(range(min(eval_size, len(test))))

@@ -50,42 +50,6 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
-def import_dotted(path: str, argument: str) -> Any:
-    """
-    What a dotted path stands for, such as a reward function on the command line; of a class an instance.
-
-    Args:
-        path (`str`):
-            Module and name, for example `"my_package.rewards.darkness"`.
-        argument (`str`):
-            What it was given as, for the message.
-
-    Returns:
-        `Callable`: the function, or an instance of the class.
-
-    Raises:
-        ValueError: if there is no such module, no such name in it, or the name is no callable.
-
-    Example:
-
-    ```python
-    >>> import_dotted("flow_trl.rewards.jpeg.jpeg_compressibility", "reward")
-    ```
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"`{argument}` is {path!r}, which cannot be imported ({error}): it must be the module's path and a name in it, "
-            "and the module must be installed, or in the folder where the command is run."
-        ) from error
-    found = found() if isinstance(found, type) else found
-    if not callable(found):
-        raise ValueError(f"`{argument}` is {path!r}, a {type(found).__name__}: it must be a function or a class of one.")
-    return found
-
-
 def sample_generator(*key: Any) -> torch.Generator:
     """A generator on the CPU whose numbers depend on `key` alone, not on processes, batches or earlier draws."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
