@@ -162,27 +162,20 @@ class Parser(TrlParser):
             if base.__module__.split(".")[0] not in ("transformers", "trl")
         ]
         self._listed = {"help", "help_all", *USUAL}.union(*(vars(base).get("__annotations__", {}) for base in own))
-        self.add_argument(
-            "--help-all", action=_HelpAll, help="show the arguments of transformers and TRL too and exit"
-        )
+        if self.add_help:
+            self.add_argument("--help-all", action=_HelpAll, help="show those of transformers and TRL too and exit")
 
     def format_help(self) -> str:
-        hidden = [
-            action
-            for action in self._actions
-            if action.dest not in self._listed and action.option_strings != ["--help-all"]
-        ]
-        hidden += [
-            action
-            for action in self._actions
-            if any(name.startswith(("--no_", "--no-")) for name in action.option_strings)
-        ]
-        kept = [action.help for action in hidden]
-        for action in hidden:
-            action.help = argparse.SUPPRESS
+        changed = [(action, action.help, action.option_strings) for action in self._actions]
+        for action in self._actions:
+            is_negation = any(name.startswith(("--no_", "--no-")) for name in action.option_strings)
+            if action.dest not in self._listed or is_negation:
+                action.help = argparse.SUPPRESS
+            elif action.dest != "help":
+                action.option_strings = action.option_strings[:1]  # --like_this, not --like-this as well
         text = super().format_help()
-        for action, shown in zip(hidden, kept, strict=True):
-            action.help = shown
+        for action, shown, names in changed:
+            action.help, action.option_strings = shown, names
         return text
 
 
@@ -190,7 +183,7 @@ class _HelpAll(argparse._HelpAction):
     """Prints the help with every argument."""
 
     def __init__(self, option_strings: list[str], help: str, **kwargs: Any):
-        super().__init__(option_strings, help=help)
+        super().__init__(option_strings, dest="help_all", help=help)
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser._listed = {action.dest for action in parser._actions}
