@@ -839,8 +839,8 @@ def test_what_trl_gives_reward_functions(tmp_path):
 
 def test_arguments_have_defaults_named_after_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = datasets.Dataset.from_list([{"prompt": f"number {i}", "easy": False} for i in range(48)])
-    trainer = TPGRPOTrainer(pipelines.stable_diffusion_3(t5=False), brightness, train_dataset=train)
+    train = Dataset.from_list([{"prompt": f"number {i}", "easy": False} for i in range(48)])
+    trainer = flow_trl.TPGRPOTrainer(pipelines.stable_diffusion_3(t5=False), brightness, train_dataset=train)
     assert trainer.args.output_dir == "StableDiffusion3Pipeline-TPGRPO"
     assert trainer.args.num_generations == TPGRPOConfig("out").num_generations
 
