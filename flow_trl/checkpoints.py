@@ -516,7 +516,7 @@ class Checkpoints(WholeCheckpoints):
         """What a sampler makes, or the error of a reward function or [`Preempted`]."""
         description = "Sampling" if sampler is self._sampler else "Evaluating"
         kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
-        with self._progress(len(args[1]), description) as bar:
+        with self.console.progress(len(args[1]), description) as bar:
             try:
                 with self.preemption.interruptible():
                     return sampler(*args, bar=bar, **kwargs)

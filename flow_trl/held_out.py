@@ -8,13 +8,15 @@ import datasets
 import pandas as pd
 import torch
 from diffusers.utils import load_image
+from huggingface_hub import CommitScheduler
 from PIL import Image
+from transformers import TrainingArguments
 
 from .callbacks import FRAMES_SHOWN, caption_text, log_image, save_captions, save_image_grid
 from .conditioning import Conditioning
 from .generation import Chunk
 from .rollout import Trajectory, rollout
-from .utils import check_images, sample_generator, to_pil
+from .utils import check_images, import_extra, sample_generator, to_pil
 
 
 class Evaluations:
@@ -86,11 +88,11 @@ class Evaluations:
 
     def _save_images(
         self, images: list, name: str, dataset: datasets.Dataset, rows: list[int], rewards: list[float]
-    ) -> None:
-        """A grid of images, each after the one that its prompt came with, if there is one, and their captions."""
+    ) -> Image.Image | None:
+        """A grid of images, each after the one that its prompt came with, if there is one, with their captions."""
         count = self.args.num_images_to_save
         if not self.is_world_process_zero() or not images or not count:
-            return
+            return None
         images, shown = to_pil(torch.stack(images[:count])), dataset[rows[:count]]
         captions = [{"prompt": p, "reward": r} for p, r in zip(shown["prompt"], rewards[:count], strict=True)]
         if self._sampler.columns:
@@ -106,14 +108,37 @@ class Evaluations:
         video = path.with_suffix(".gif") if isinstance(images[0], list) else None
         texts = [caption_text(caption) for caption in captions if not caption.get("given")]
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
+        return grid
 
     def _save_completions(self, images: list, table: dict[str, list], rows: list[int], rewards: list[float]) -> None:
-        """A grid of training images, and a table of all images of their generation."""
-        self._save_images(images, "train", self.train_dataset, rows, rewards)
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / "completions"
-            folder.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+        """A grid of training images, and a table of all images of their generation, which are shown too."""
+        args, step = self.args, self.state.global_step
+        grid = self._save_images(images, "train", self.train_dataset, rows, rewards)
+        if not self.is_world_process_zero():
+            return
+        folder, table = _completions_folder(args), pd.DataFrame(table)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"completions_{step:05d}.parquet")
+        if args.log_unique_prompts:
+            table = table.drop_duplicates("prompt")
+        for tracker in {"wandb", "trackio"} & set(args.report_to):
+            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
+            module.log({"completions": module.Table(dataframe=table), "train/global_step": step})
+        shown = table[["prompt", *self.scorer.names, "advantage"]].to_dict("list")
+        self.console.show_completions(step, shown, args.num_completions_to_print, grid)
+
+
+def _completions_folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir) / "completions"
+
+
+def upload_completions(args: TrainingArguments) -> CommitScheduler | None:
+    """Starts to upload the tables of completions of a run, if `args` say so; raises if that cannot work."""
+    repo = args.log_completions_hub_repo
+    if repo is None or not args.should_log:
+        return None
+    options = {"private": args.hub_private_repo, "token": args.hub_token, "allow_patterns": "*.parquet", "every": 2}
+    return CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=_completions_folder(args), **options)
 
 
 def _shown(given: Any, result: Image.Image | list[Image.Image]) -> Image.Image | list[Image.Image]:

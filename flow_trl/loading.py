@@ -50,6 +50,11 @@ def load_pipeline(
     return DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
 
 
+def model_name(model: str | DiffusionPipeline) -> str:
+    """The Hub id or folder that a pipeline is, or was loaded from; of one that was made in place, its class."""
+    return str(model if isinstance(model, str) else getattr(model, "name_or_path", None) or type(model).__name__)
+
+
 def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], is_lora: bool) -> None:
     """
     Checks that the denoisers of a loaded pipeline can be trained and saved.

@@ -30,10 +30,12 @@ def test_tp_grpo(tmp_path, task, method):
         pytest.importorskip("rapidocr_onnxruntime")
     small = ["--max_steps", "2", "--eval_size", "10", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--updates_per_generation", "2", "--eval_num_inference_steps", "2"]
+    small += ["--logging_steps", "1"]
     output = run("tp_grpo.py", "--task", task, "--method", method, "--output_dir", str(tmp_path), *small)
     names = {"scenes": ["clip_score", "scene", "scene_strict"], "words": ["ocr"]}[task]
     table = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in table[2:]] == names
+    assert len(output.splitlines()) < 40 and "{'" not in output
     for _, before, after, change, _ in table[2:]:
         assert float(after) - float(before) == pytest.approx(float(change), abs=2e-3)
     assert Image.open(tmp_path / "images" / "eval-000002.png").size == (8 * 32, 2 * 32)
@@ -51,6 +53,7 @@ def test_tp_grpo(tmp_path, task, method):
 def test_tdpo_r_and_its_comparison(tmp_path):
     small = ["--eval_size", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "8"]
     small += ["--num_inference_steps", "2", "--eval_num_inference_steps", "2", "--max_steps", "4", "--eval_steps", "2"]
+    small += ["--logging_steps", "1"]
     for method in ("tdpo_r", "tdpo", "ddpo"):
         folder = tmp_path / f"{method}-42"
         updates = ["--updates_per_generation", "2" if method == "ddpo" else "1"]
@@ -141,13 +144,37 @@ def test_blockwise_two_attempts(tmp_path, method):
             "tdpo_r.py",
             ["--method", "--reset_neurons", "--critic_encoder", "--out_of_domain_rewards", "--stop_after_fall"],
         ),
-        ("blockwise_grpo.py", ["--model_name_or_path", "--method", "--baseline", "--use_vllm", "--learning_rate"]),
+        (
+            "blockwise_grpo.py",
+            ["--model_name_or_path", "--method", "--baseline", "--num_generations", "--learning_rate"],
+        ),
     ],
 )
-def test_help_lists_every_argument(script, names):
+def test_help_lists_the_arguments_of_the_script_and_its_trainer(script, names):
     output = run(script, "--help")
     for name in names:
         assert name in output
+    assert "--adam_beta1" not in output and "--help-all" in output
+
+
+def test_quickstart_notebook(tmp_path):
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    pictures = [
+        output for cell in stored.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    book = nbformat.v4.new_notebook(cells=[cell for cell in stored.cells if cell.cell_type == "code"])
+    nbclient.NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in book.cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == len(pictures) == 5
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "update  reward       held out  change" in text and "| scene " in text
+    bars = [output.data["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert not any("Training" in bar or "Sampling" in bar for bar in bars)  # none is left
+    assert (tmp_path / "outputs/quickstart/README.md").is_file()
 
 
 def test_blockwise_step_benchmark():
@@ -184,6 +211,7 @@ def test_generation_memory_benchmark():
 def test_edit_grpo(tmp_path):
     small = ["--max_steps", "2", "--eval_steps", "2", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--num_inference_steps", "3", "--eval_num_inference_steps", "1"]
+    small += ["--logging_steps", "1"]
     rows = rows_of(run("edit_grpo.py", "--output_dir", str(tmp_path), *small))
     assert {"edit", "edit_strict"} <= rows.keys()
     grid = Image.open(tmp_path / "images" / "eval-000002.png")

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 from ..blocks import Block, check_blocks, parse_completion
 from ..cards import language_card
 from ..checkpoints import WholeCheckpoints
+from ..console import use_console
 from ..credit import block_advantages, token_advantages
 from ..publishing import Publishing
 from ..resuming import adapter, as_json, sampled_digest
@@ -125,6 +126,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
+        self.console = use_console(self)
         if len(self.reward_funcs) != len(self._block_of_func):  # TRL adds to the list it was given
             raise ValueError(
                 "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "

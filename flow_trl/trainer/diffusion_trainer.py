@@ -4,6 +4,7 @@ import time
 from abc import abstractmethod
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,7 +13,6 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
@@ -20,9 +20,10 @@ from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
+from ..console import use_console
 from ..generation import Chunk, Generation, SampledChunks, Sampler
-from ..held_out import Evaluations
-from ..loading import load_pipeline, place_components, prepare_denoisers
+from ..held_out import Evaluations, upload_completions
+from ..loading import load_pipeline, model_name, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..publishing import Publishing
 from ..rollout import Trajectory, euler_step, rollout
@@ -48,8 +49,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             Hub id or folder of a pipeline, or a loaded pipeline. Its `transformer` or `unet` is trained.
         reward_funcs (`str`, `Callable` or a list of them):
             Reward functions, see [`flow_trl.rewards`]. A string names a built-in one.
-        args ([`DiffusionConfig`]):
-            Arguments of the trainer.
+        args ([`DiffusionConfig`], *optional*):
+            Arguments of the trainer. If not set, the defaults, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Data set with a column `prompt`; every other column reaches the reward functions by its name.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
@@ -74,13 +75,16 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
         self,
         model: str | DiffusionPipeline,
         reward_funcs: RewardFunc | list[RewardFunc],
-        args: DiffusionConfig,
+        args: DiffusionConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
+        self.model_name = model_name(model)
+        if args is None:
+            args = self._config_class(f"{Path(self.model_name).name}-{type(self).__name__.removesuffix('Trainer')}")
         if not isinstance(args, self._config_class):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, not {type(args).__name__} ({args!r}).")
         self.scorer = Scorer(
@@ -110,7 +114,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
         self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
-        self.model_name = str(model if isinstance(model, str) else model.name_or_path or type(model).__name__)
         self._check_pipeline(self.pipe)
         options = {
             "negative_prompt": args.negative_prompt,
@@ -147,6 +150,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.console, self._uploads = use_console(self), upload_completions(args)
         if self.is_fsdp_enabled and not self.is_lora:
             raise ValueError(
                 "`peft_config=None` trains all weights, which does not work with FSDP: pass a `LoraConfig`, or use DDP."
@@ -330,10 +334,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
 
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         self._metrics.record(metrics)
-
-    def _progress(self, total: int, description: str) -> tqdm:
-        disabled = self.args.disable_tqdm or not self.is_local_process_zero()
-        return tqdm(total=total, desc=description, leave=False, disable=disabled)
 
     # Updates: transitions replayed, a clipped loss
 

@@ -188,7 +188,7 @@ class TDPORTrainer(DDPOTrainer):
         started, args = time.perf_counter(), self.args
         size, num_steps = trajectory.log_probs.shape
         embeddings = []
-        with self._progress(size * num_steps, "Embedding for the critic") as bar:
+        with self.console.progress(size * num_steps, "Embedding for the critic") as bar:
             for part in torch.arange(size * num_steps).split(args.per_device_rollout_batch_size):
                 images, steps = part // num_steps, part % num_steps
                 embeddings.append(self._embed(trajectory.latents[images, steps], self._conditions(images)))

@@ -832,6 +832,22 @@ def test_what_trl_gives_reward_functions(tmp_path):
     assert "eval_brightest" in trainer.evaluate()
 
 
+def test_arguments_have_defaults_named_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = Dataset.from_list([{"prompt": f"number {i}", "easy": False} for i in range(48)])
+    trainer = flow_trl.TPGRPOTrainer(pipelines.stable_diffusion_3(t5=False), brightness, train_dataset=train)
+    assert trainer.args.output_dir == "StableDiffusion3Pipeline-TPGRPO"
+    assert trainer.args.num_generations == TPGRPOConfig("out").num_generations
+
+
+def test_one_image_of_each_prompt_is_shown(tmp_path, capsys):
+    options = {"log_completions": True, "log_unique_prompts": True, "num_completions_to_print": None, "max_steps": 1}
+    make_trainer(tmp_path, **options).train()
+    lines = capsys.readouterr().out.split("4 of the 4 samples of update 1\n")[1].splitlines()[1:5]
+    assert len({line.split("  ")[0] for line in lines}) == 4
+    assert len(pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")) == 16
+
+
 def test_failed_rewards_are_counted(tmp_path, caplog):
     calls = []
 
