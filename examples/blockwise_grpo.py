@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[math,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Teaches a language model to solve problems and to say how likely its solution is right, with one advantage for the
@@ -18,19 +21,22 @@ setting):
         --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name problems.jsonl --use_vllm
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import GRPOTrainer, TrlParser
+from trl import GRPOTrainer
 
 from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer, tiny
-from flow_trl.evaluation import reliability_diagram, sample_completions, score_confidence
+from flow_trl.cli import Parser, TextArguments
+from flow_trl.cli import load_problems as load_real_problems
+from flow_trl.console import use_console
+from flow_trl.evaluation import sample_completions, save_results, score_confidence
+from flow_trl.prompts import split_prompts
 from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
@@ -38,41 +44,24 @@ METHODS = ("blockwise", "group", "batch", "none", "rlcr", "grpo")
 
 
 @dataclass
-class TaskArguments:
+class TaskArguments(TextArguments):
     """
-    Arguments of a task's script, beside those of [`BlockwiseGRPOConfig`].
+    Arguments of a task's script, beside those of `TextArguments` and [`BlockwiseGRPOConfig`]. Without a model the tiny
+    world's is trained, with settings and problems that suit it.
 
     Args:
-        model_name_or_path (`str`, *optional*):
-            Model to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
         method (`str`, *optional*, defaults to `"blockwise"`):
             `"blockwise"` compares later blocks after beginnings of the same outcome; `"group"`, `"batch"` and `"none"`
             are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
-        dataset_name (`str`, *optional*):
-            Problems: Hub id or `.jsonl` file. If not set, the tiny world's arithmetic.
-        problem_column (`str`, *optional*, defaults to `"problem"`):
-            Column of the problem.
-        answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column of the final answer.
-        eval_size (`int`, *optional*, defaults to `400`):
-            Number of held-out problems.
         eval_samples (`int`, *optional*, defaults to `16`):
-            Completions sampled for each of them.
+            Completions sampled for each held-out problem.
         eval_batch_size (`int`, *optional*, defaults to `64`):
             Number of completions sampled together for the evaluation.
-        lora_rank (`int`, *optional*, defaults to `0`):
-            Rank of a LoRA on all linear layers; 0 trains all weights.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train; default: the tiny one."})
     method: str = field(default="blockwise", metadata={"help": "How credit is assigned.", "choices": list(METHODS)})
-    dataset_name: str | None = field(default=None, metadata={"help": "Problems: Hub id or .jsonl file."})
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
-    answer_column: str = field(default="answer", metadata={"help": "Column of the final answer."})
-    eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
     eval_samples: int = field(default=16, metadata={"help": "Completions sampled for each held-out problem."})
     eval_batch_size: int = field(default=64, metadata={"help": "Completions sampled together for the evaluation."})
-    lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA; 0 trains all weights."})
 
 
 @dataclass
@@ -125,8 +114,8 @@ PAPER = {
 
 def parse(arguments_class: type, task: str, **tiny_defaults: Any) -> tuple[Any, BlockwiseGRPOConfig]:
     """Reads the command line. The model decides the defaults, so it is read first."""
-    arguments, *_ = TrlParser(arguments_class, add_help=False).parse_args_and_config(return_remaining_strings=True)
-    parser = TrlParser((arguments_class, BlockwiseGRPOConfig))
+    arguments, *_ = Parser(arguments_class, add_help=False).parse_args_and_config(return_remaining_strings=True)
+    parser = Parser((arguments_class, BlockwiseGRPOConfig))
     defaults = PAPER if arguments.model_name_or_path else {**TINY, **tiny_defaults}
     parser.set_defaults(output_dir=f"outputs/{task}/{arguments.method}", **defaults)
     return parser.parse_args_and_config()
@@ -134,18 +123,11 @@ def parse(arguments_class: type, task: str, **tiny_defaults: Any) -> tuple[Any, 
 
 def load_problems(arguments: TaskArguments, task: Task, tiny_name: str) -> tuple[Dataset, Dataset]:
     """Training and held-out problems."""
-    if arguments.dataset_name is None:
-        train, test = (tiny.load_prompts(tiny_name, split) for split in ("train", "test"))
-    else:
-        name = arguments.dataset_name
-        data = load_dataset("json", data_files=name) if Path(name).suffix == ".jsonl" else load_dataset(name)
-        if "test" not in data:
-            test_size = max(1, min(arguments.eval_size, len(data["train"]) // 10))
-            data = data["train"].train_test_split(test_size=test_size, seed=0)
-        train, test = (
-            task.prepare(data[split], arguments.problem_column, arguments.answer_column) for split in ("train", "test")
-        )
-    return train, test.shuffle(seed=0).select(range(min(arguments.eval_size, len(test))))
+    if arguments.dataset_name is not None:
+        return load_real_problems(arguments, task)
+    return split_prompts(
+        {split: tiny.load_prompts(tiny_name, split) for split in ("train", "test")}, arguments.eval_size
+    )
 
 
 def make_trainer(
@@ -163,7 +145,9 @@ def make_trainer(
             r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear"
         )
     if arguments.method in ("rlcr", "grpo"):
-        return GRPOTrainer(model, scalar, **shared), tokenizer
+        trainer = GRPOTrainer(model, scalar, **shared)
+        use_console(trainer)
+        return trainer, tokenizer
     baseline = "outcome" if arguments.method == "blockwise" else arguments.method
     if args.baseline not in ("outcome", baseline):
         raise ValueError(f"`--baseline {args.baseline}`: it follows from `--method {arguments.method}`, leave it out.")
@@ -189,24 +173,19 @@ def sample(
 
 
 def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: dict[str, str]) -> None:
-    """Saves results, model and card, pushes them if asked to, and prints a table of the named measures."""
-    folder = Path(trainer.args.output_dir)
+    """Saves results, prints a table of the named measures, saves model and card, and pushes them if asked to."""
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        valid = json.loads(json.dumps(results), parse_constant=lambda nan: None)
-        (folder / "results.json").write_text(json.dumps(valid, indent=2))
-    trainer.create_model_card(model_name=folder.name)
+        save_results(results, trainer.args.output_dir)
+        print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
+        print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
+        for when, result in results.items():
+            cells = [
+                f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
+                for key in measures
+            ]
+            print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
+    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name)
     trainer.save_model()  # and push, with `--push_to_hub`
-    if not trainer.is_world_process_zero():
-        return
-    print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
-    print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
-    for when, result in results.items():
-        cells = [
-            f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
-            for key in measures
-        ]
-        print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
 
 
 def main() -> None:
@@ -225,8 +204,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results["after"] = evaluate()
 
-    if trainer.is_world_process_zero():
-        reliability_diagram(results, Path(args.output_dir) / "reliability_diagram.png")
     measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score"}
     finish(trainer, results, measures | {"format": "format", "unparsable": "no confidence"})
     if trainer.is_world_process_zero():

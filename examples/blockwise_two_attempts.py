@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[math]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Teaches a language model to use a second attempt, with one advantage for each attempt. A second attempt is compared with

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains an image-to-image pipeline to edit pictures: each prompt comes with the picture that is to be changed. A few
@@ -13,15 +16,13 @@ The tiny world's task: of two shapes one gets another colour, and both stay wher
 Qwen-Image-Edit) is trained the same way: a data set with the columns `prompt` and `image`, and a reward that compares the two.
 """
 
-from pathlib import Path
-
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
 from peft import LoraConfig
-from trl import TrlParser
 
 from flow_trl import TPGRPOConfig, TPGRPOTrainer, tiny
-from flow_trl.callbacks import LearningCurveCallback, reward_table
+from flow_trl.callbacks import LearningCurveCallback
+from flow_trl.cli import FLOW_ATTENTION, Parser, finish, report
 from flow_trl.tiny.edits import EditReward, load_edits
 
 
@@ -40,6 +41,7 @@ TINY = {
     "per_device_eval_batch_size": 200,
     "updates_per_generation": 1,
     "max_steps": 40,
+    "logging_steps": 2,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "linear",
     "reward_weights": [1.0, 0.0],
@@ -55,11 +57,9 @@ TINY = {
 
 
 def main() -> None:
-    parser = TrlParser(TPGRPOConfig)
+    parser = Parser(TPGRPOConfig)
     parser.set_defaults(**TINY)
     (args,) = parser.parse_args_and_config()
-    attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    targets = [f"attn.{name}" for name in attention]
     pipe = StableDiffusion3Img2ImgPipeline(**tiny.load_flow_pipeline().components)
     pipe.vae.to(memory_format=torch.channels_last)  # decodes faster on CPUs
     trainer = TPGRPOTrainer(
@@ -69,16 +69,10 @@ def main() -> None:
         train_dataset=load_edits("train"),
         eval_dataset=load_edits("test"),
         callbacks=[LearningCurveCallback()],
-        peft_config=LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=targets),
+        peft_config=LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=FLOW_ATTENTION),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"\nHeld out: {len(trainer.eval_dataset)} edits\n")
-        print(reward_table(trainer.state.log_history))
-        print(
-            f"\nIn {Path(args.output_dir)}: images/ (each input beside its result), learning_curve.png, the LoRA and its card"
-        )
+    finish(trainer)
+    report(trainer, "images/ (each input beside its result), learning_curve.png, the LoRA and its card (README.md)")
 
 
 if __name__ == "__main__":

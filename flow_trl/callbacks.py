@@ -1,6 +1,8 @@
 """Callbacks and pictures for diffusion training: moving average, image grids, learning curve, over-optimisation."""
 
+import json
 import logging
+import math
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -52,8 +54,21 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, update_steps: int):
         self.parameters = parameters
-        self.update_steps = update_steps
+        self.decay, self.update_steps = decay, update_steps
         self.average = EMAModel(parameters.values(), decay=decay, min_decay=decay, update_after_step=-1)
+
+    def initial_share(self, updates: int) -> float:
+        """Weight of the initial weights in the average after as many updates."""
+        return self.decay ** (updates // self.update_steps)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        share = self.initial_share(state.max_steps)
+        if share > 0.5:
+            logger.warning(
+                "`ema_decay=%g` with `ema_update_steps=%d`: after the %d updates of this run the averaged weights, which are evaluated, "
+                "saved and published, are to %.0f%% those from before training. Set `ema_decay=0`, or a smaller `ema_update_steps`.",
+                *(self.decay, self.update_steps, state.max_steps, 100 * share),
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.update_steps == 0:
@@ -162,12 +177,51 @@ def _strip(frames: list[Image.Image]) -> Image.Image:
     return make_image_grid(shown, rows=1, cols=len(shown))
 
 
+def save_captions(path: str | Path, captions: list[dict[str, Any]], columns: int) -> None:
+    """Writes, beside a grid, what its images show, from which [`read_grid`] cuts it up again."""
+    Path(path).with_suffix(".json").write_text(
+        json.dumps({"columns": columns, "captions": captions}), encoding="utf-8"
+    )
+
+
+def read_grid(path: str | Path) -> list[tuple[Image.Image, dict[str, Any]]]:
+    """
+    The images of a grid and their captions.
+
+    Args:
+        path (`str` or `Path`):
+            A grid of an evaluation in `output_dir/images`.
+
+    Returns:
+        `list[tuple[PIL.Image.Image, dict]]`: each image with its `prompt` and `reward`; empty if the grid has no captions.
+    """
+    described = Path(path).with_suffix(".json")
+    if not described.is_file():
+        return []
+    saved = json.loads(described.read_text(encoding="utf-8"))
+    columns, captions = saved["columns"], saved["captions"]
+    with Image.open(path) as grid:
+        grid = grid.convert("RGB")
+    width, height = grid.width // columns, grid.height // -(-len(captions) // columns)
+    places = [(i % columns * width, i // columns * height) for i in range(len(captions))]
+    return [
+        (grid.crop((x, y, x + width, y + height)), caption) for (x, y), caption in zip(places, captions, strict=True)
+    ]
+
+
+def caption_text(caption: dict[str, Any]) -> str:
+    """A caption in words: `"a red circle (reward 0.512)"`."""
+    reward = caption.get("reward")
+    return caption["prompt"] if reward is None else f"{caption['prompt']} (reward {reward:.3g})"
+
+
 def log_image(
     image: Image.Image,
     name: str,
     step: int,
     report_to: list[str],
     callbacks: list[TrainerCallback],
+    captions: list[str] | None = None,
     video: str | Path | None = None,
 ) -> None:
     """
@@ -184,17 +238,28 @@ def log_image(
             `args.report_to` of the trainer. Trackers that are not known here get no picture, with a warning.
         callbacks (`list[TrainerCallback]`):
             The trainer's callbacks; TensorBoard's holds the writer.
+        captions (`list[str]`, *optional*):
+            What its images show, in order: the caption of the picture, in TensorBoard and MLflow a text of the same name.
         video (`str` or `Path`, *optional*):
             File of a video, which takes the picture's place except in TensorBoard.
     """
+    caption = "\n".join(captions or []) or None
     for tracker in report_to:
         if tracker == "tensorboard":
             for callback in callbacks:
-                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                    callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+                writer = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
+                if writer is not None:
+                    writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+                    if caption:
+                        writer.add_text(f"{name}/captions", caption.replace("\n", "  \n"), step)
+                    writer.flush()
         elif tracker in ("wandb", "trackio"):
             module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
-            shown = module.Image(image) if video is None else module.Video(str(video), format="gif")
+            options = {"caption": caption} if caption else {}
+            if video is None:
+                shown = module.Image(image, **options)
+            else:
+                shown = module.Video(str(video), format="gif", **options)
             module.log({name: shown, "train/global_step": step})
         elif tracker == "mlflow":
             module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
@@ -202,6 +267,8 @@ def log_image(
                 module.log_image(image, key=name.replace("/", "_"), step=step)
             else:
                 module.log_artifact(str(video), artifact_path="videos")
+            if caption:
+                module.log_text(caption, f"captions/{name.replace('/', '_')}-{step:06d}.txt")
         else:
             logger.warning("`report_to=%r`: pictures are not sent to this tracker; they are in `output_dir`.", tracker)
 
@@ -305,7 +372,9 @@ def reward_table(log_history: list[dict]) -> str:
 
 
 def save_before_and_after(
-    folder: str | Path, prompts: list[str], score: Callable[[list[Image.Image]], list[float]] | None = None
+    folder: str | Path,
+    score: Callable[[list[Image.Image]], list[float]] | None = None,
+    until: float = math.inf,
 ) -> None:
     """
     Writes `before_after.png`: the images of the first and the last evaluation of a run, of the same prompts and noise.
@@ -313,11 +382,11 @@ def save_before_and_after(
     Args:
         folder (`str` or `Path`):
             `output_dir` of the run, whose `images` has the grids.
-        prompts (`list[str]`):
-            The prompts of all images in a grid, at least one; up to 16 are shown.
         score (`Callable`, *optional*):
-            Called with the images, as many as `prompts`, it says how good each is. 1 is marked as right and 0 as wrong;
-            another number is written below the image.
+            Called with the images of a grid, it says how good each is. 1 is marked as right and 0 as wrong; another number is
+            written below the image. By default that is the evaluation's reward.
+        until (`int`, *optional*):
+            The last update whose evaluation may be shown.
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -326,23 +395,27 @@ def save_before_and_after(
 
     ```python
     >>> prompts = eval_dataset["prompt"][:16]
-    >>> save_before_and_after(trainer.args.output_dir, prompts, lambda images: judge(prompts=prompts, images=images))
+    >>> save_before_and_after(trainer.args.output_dir, lambda images: judge(prompts=prompts, images=images))
     ```
     """
     figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
     paths = sorted((Path(folder) / "images").glob("eval-*.png"))
+    paths = [path for path in paths if int(path.stem.split("-")[-1]) <= until]
+    grids = {
+        when: [(image, caption) for image, caption in read_grid(path) if not caption.get("given")]
+        for when, path in (("before", paths[0]), ("after", paths[-1]))
+    }
+    prompts = [caption["prompt"] for _, caption in grids["after"]]
     columns, count = min(8, len(prompts)), min(16, len(prompts))
     blocks = -(-count // columns)
     figure = figures.Figure(figsize=(1.7 * columns, 4.2 * blocks), layout="constrained")
     panels = figure.subplots(2 * blocks, columns, squeeze=False)
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[], frame_on=False)
-    for when, (label, path) in enumerate({"before": paths[0], "after": paths[-1]}.items()):
-        grid = Image.open(path)
-        size = grid.width // columns
-        places = [(i % columns * size, i // columns * size) for i in range(len(prompts))]
-        images = [grid.crop((x, y, x + size, y + size)) for x, y in places]
-        scores = [None] * len(images) if score is None else score(images)
+    for when, (label, shown) in enumerate(grids.items()):
+        images, captions = zip(*shown, strict=True)
+        marks = {} if score is None else {1.0: ("right", "tab:green"), 0.0: ("wrong", "tab:red")}
+        scores = [caption.get("reward") for caption in captions] if score is None else score(list(images))
         for i in range(count):
             panel = panels[i // columns * 2 + when, i % columns]
             panel.imshow(images[i])
@@ -351,9 +424,7 @@ def save_before_and_after(
             if i % columns == 0:
                 panel.set_ylabel(label)
             if scores[i] is not None:
-                text, color = {1.0: ("right", "tab:green"), 0.0: ("wrong", "tab:red")}.get(
-                    scores[i], (f"{scores[i]:.3g}", "black")
-                )
+                text, color = marks.get(scores[i], (f"{scores[i]:.3g}", "black"))
                 panel.set_xlabel(text, color=color, fontsize=9)
     figure.savefig(Path(folder) / "before_after.png", dpi=100)
 

@@ -6,6 +6,7 @@ Evaluation of language models that answer with a confidence, or in two attempts.
 come from elsewhere. [`reliability_diagram`] draws what was found.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -516,6 +517,33 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     return figure
+
+
+def save_results(results: Mapping[str, Mapping[str, Any]], folder: str | Path) -> None:
+    """
+    Leaves evaluations where a trainer's card finds them: `results.json` (NaN as null) and, of confidences, `reliability_diagram.png`.
+
+    Args:
+        results (`dict[str, dict]`):
+            What [`score_confidence`] or [`score_two_attempts`] returned, by name: `"before"`, on the same problems, and `"after"`.
+        folder (`str` or `Path`):
+            `output_dir` of the run.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed (extra `plots`), after `results.json` was written.
+
+    Example:
+
+    ```python
+    >>> save_results({"before": before, "after": after}, trainer.args.output_dir)
+    ```
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    valid = json.loads(json.dumps(results), parse_constant=lambda nan: None)
+    (folder / "results.json").write_text(json.dumps(valid, indent=2), encoding="utf-8")
+    if all("bins" in result for result in results.values()):
+        reliability_diagram(results, folder / "reliability_diagram.png")
 
 
 # Shared

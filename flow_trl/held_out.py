@@ -8,13 +8,15 @@ import datasets
 import pandas as pd
 import torch
 from diffusers.utils import load_image
+from huggingface_hub import CommitScheduler
 from PIL import Image
+from transformers import TrainingArguments
 
-from .callbacks import log_image, save_image_grid
+from .callbacks import FRAMES_SHOWN, caption_text, log_image, save_captions, save_image_grid
 from .conditioning import Conditioning
 from .generation import Chunk
 from .rollout import Trajectory, rollout
-from .utils import check_images, sample_generator, to_pil
+from .utils import check_images, import_extra, sample_generator, to_pil
 
 
 class Evaluations:
@@ -79,31 +81,64 @@ class Evaluations:
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self._save_images(sampled.images, metric_key_prefix, eval_dataset, rows)
+        shown = len(sampled.images)
+        self._save_images(sampled.images, metric_key_prefix, eval_dataset, rows[:shown], rewards[:shown].tolist())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_images(self, images: list, name: str, dataset: datasets.Dataset, rows: list[int]) -> None:
-        """A grid of images, each after the one that its prompt came with, if there is one."""
-        if not self.is_world_process_zero() or not images or not self.args.num_images_to_save:
-            return
-        images = to_pil(torch.stack(images[: self.args.num_images_to_save]))
+    def _save_images(
+        self, images: list, name: str, dataset: datasets.Dataset, rows: list[int], rewards: list[float]
+    ) -> Image.Image | None:
+        """A grid of images, each after the one that its prompt came with, if there is one, with their captions."""
+        count = self.args.num_images_to_save
+        if not self.is_world_process_zero() or not images or not count:
+            return None
+        images, shown = to_pil(torch.stack(images[:count])), dataset[rows[:count]]
+        captions = [{"prompt": p, "reward": r} for p, r in zip(shown["prompt"], rewards[:count], strict=True)]
         if self._sampler.columns:
-            inputs = dataset[rows[: len(images)]][self._sampler.columns[0]]
-            images = [shown for pair in zip(inputs, images, strict=True) for shown in (_shown(*pair), pair[1])]
+            inputs = shown[self._sampler.columns[0]]
+            images = [cell for pair in zip(inputs, images, strict=True) for cell in (_shown(*pair), pair[1])]
+            captions = [cell for c in captions for cell in ({"prompt": c["prompt"], "given": True}, c)]
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
+        frame = images[0][0] if isinstance(images[0], list) else images[0]
+        shown_frames = min(FRAMES_SHOWN, len(images[0])) if isinstance(images[0], list) else 1
+        save_captions(path, captions, columns=grid.width // (frame.width * shown_frames))
         video = path.with_suffix(".gif") if isinstance(images[0], list) else None
-        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, video)
+        texts = [caption_text(caption) for caption in captions if not caption.get("given")]
+        log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
+        return grid
 
-    def _save_completions(self, images: list, table: dict[str, list], rows: list[int]) -> None:
-        """A grid of training images, and a table of all images of their generation."""
-        self._save_images(images, "train", self.train_dataset, rows)
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / "completions"
-            folder.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(table).to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+    def _save_completions(self, images: list, table: dict[str, list], rows: list[int], rewards: list[float]) -> None:
+        """A grid of training images, and a table of all images of their generation, which are shown too."""
+        args, step = self.args, self.state.global_step
+        grid = self._save_images(images, "train", self.train_dataset, rows, rewards)
+        if not self.is_world_process_zero():
+            return
+        folder, table = _completions_folder(args), pd.DataFrame(table)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"completions_{step:05d}.parquet")
+        if args.log_unique_prompts:
+            table = table.drop_duplicates("prompt")
+        for tracker in {"wandb", "trackio"} & set(args.report_to):
+            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
+            module.log({"completions": module.Table(dataframe=table), "train/global_step": step})
+        shown = table[["prompt", *self.scorer.names, "advantage"]].to_dict("list")
+        self.console.show_completions(step, shown, args.num_completions_to_print, grid)
+
+
+def _completions_folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir) / "completions"
+
+
+def upload_completions(args: TrainingArguments) -> CommitScheduler | None:
+    """Starts to upload the tables of completions of a run, if `args` say so; raises if that cannot work."""
+    repo = args.log_completions_hub_repo
+    if repo is None or not args.should_log:
+        return None
+    options = {"private": args.hub_private_repo, "token": args.hub_token, "allow_patterns": "*.parquet", "every": 2}
+    return CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=_completions_folder(args), **options)
 
 
 def _shown(given: Any, result: Image.Image | list[Image.Image]) -> Image.Image | list[Image.Image]:

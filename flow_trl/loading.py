@@ -1,9 +1,11 @@
 """Loads a pipeline and makes its denoiser ready to be trained."""
 
+import json
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -46,6 +48,11 @@ def load_pipeline(
         components = {}
     absent = {name: None for name, value in components.items() if value == [None, None]}  # saved without them
     return DiffusionPipeline.from_pretrained(model, **(absent | init_kwargs))
+
+
+def model_name(model: str | DiffusionPipeline) -> str:
+    """The Hub id or folder that a pipeline is, or was loaded from; of one that was made in place, its class."""
+    return str(model if isinstance(model, str) else getattr(model, "name_or_path", None) or type(model).__name__)
 
 
 def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], is_lora: bool) -> None:
@@ -182,7 +189,20 @@ def prepare_denoisers(
         else:
             _add_adapter(pipe, name, denoiser, peft_config)
         disable_dropout_in_model(denoiser)
+        part = getattr(pipe, name)
+        part = part.get_base_model() if isinstance(part, PeftModel) else part
+        part._internal_dict = TrackedConfig(part._internal_dict)
     return adapted or peft_config is not None
+
+
+class TrackedConfig(FrozenDict):
+    """A denoiser's configuration, which trackers read as they read those of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(self.to_json_string())
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
 
 
 def _add_adapter(pipe: DiffusionPipeline, name: str, denoiser: torch.nn.Module, peft_config: LoraConfig) -> None:

@@ -92,6 +92,12 @@ def check_prompts(name: str, dataset: Any) -> None:
     Raises:
         TypeError, ValueError: if it is no data set, is empty, or has no column `prompt` of strings.
     """
+    if isinstance(dataset, datasets.IterableDataset):
+        raise TypeError(
+            f"`{name}` is a streamed data set (`IterableDataset`), but rows are drawn by their number, so that a run can be "
+            "shuffled, shared among processes and resumed. Load it without `streaming=True`, or keep some rows: "
+            "`datasets.Dataset.from_list(list(dataset.take(10_000)))`."
+        )
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset`, not {type(dataset).__name__}: "

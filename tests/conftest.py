@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.hub_server import hub  # noqa: F401
+
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from flow_trl.callbacks import (
     EMACallback,
@@ -15,6 +15,7 @@ from flow_trl.callbacks import (
     cross_reward_figure,
     log_image,
     save_before_and_after,
+    save_captions,
     save_image_grid,
 )
 
@@ -105,44 +106,21 @@ def test_pictures_reach_the_tracker(monkeypatch, tracker):
     sent = []
     module = SimpleNamespace(
         log=sent.append,
-        Image=lambda image: ("picture", image.size),
+        Image=lambda image, caption: ("picture", image.size, caption),
         Video=lambda path, format: ("video", path, format),
     )
     monkeypatch.setitem(sys.modules, tracker, module)
-    log_image(tiles(1)[0], "images/eval", 7, [tracker], [])
+    log_image(tiles(1)[0], "images/eval", 7, [tracker], [], ["a circle", "a square"])
     log_image(tiles(1)[0], "images/eval", 8, [tracker], [], video=Path("eval.gif"))
     assert sent == [
-        {"images/eval": ("picture", (6, 4)), "train/global_step": 7},
+        {"images/eval": ("picture", (6, 4), "a circle\na square"), "train/global_step": 7},
         {"images/eval": ("video", "eval.gif", "gif"), "train/global_step": 8},
     ]
-
-
-def test_pictures_reach_mlflow(monkeypatch):
-    sent = []
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_image=lambda *args, **kwargs: sent.append(kwargs)))
-    log_image(tiles(1)[0], "images/eval", 7, ["mlflow"], [])
-    assert sent == [{"key": "images_eval", "step": 7}]
 
 
 def test_unknown_tracker_is_told(caplog):
     log_image(tiles(1)[0], "images/eval", 7, ["swanlab"], [])
     assert "swanlab" in caplog.text
-
-
-def test_pictures_reach_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from transformers.integrations import TensorBoardCallback
-
-    callback = TensorBoardCallback()
-    args = TrainingArguments(str(tmp_path), logging_dir=str(tmp_path / "logs"), report_to=[], use_cpu=True)
-    callback.on_train_begin(args, TrainerState(), TrainerControl())
-    log_image(tiles(1)[0], "images/eval", 7, ["tensorboard"], [callback])
-    callback.tb_writer.flush()
-    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent), size_guidance={"images": 0})
-    events.Reload()
-    (event,) = events.Images("images/eval")
-    assert (event.step, event.width, event.height) == (7, 6, 4)
 
 
 def test_learning_curve(tmp_path, monkeypatch):
@@ -199,7 +177,10 @@ def test_before_and_after(tmp_path, monkeypatch, count):
 
     for step, base in ((0, 0), (2, 100), (7, 200)):
         images = [Image.new("RGB", (4, 4), (base + i, 0, 0)) for i in range(count)]
-        save_image_grid(images, columns=min(8, count), path=tmp_path / "images" / f"eval-{step:06d}.png")
+        path = tmp_path / "images" / f"eval-{step:06d}.png"
+        save_image_grid(images, columns=min(8, count), path=path)
+        captions = [{"prompt": f"a photo of {i} things", "reward": step + i / 100} for i in range(count)]
+        save_captions(path, captions, columns=min(8, count))
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
     seen = []
@@ -208,15 +189,14 @@ def test_before_and_after(tmp_path, monkeypatch, count):
         seen.append([image.getpixel((3, 3))[0] for image in images])
         return [[0.0, 1.0, 0.25][i % 3] for i in range(len(images))]
 
-    prompts = [f"a photo of {i} things" for i in range(count)]
-    save_before_and_after(tmp_path, prompts, score)
-    save_before_and_after(tmp_path, prompts)
+    save_before_and_after(tmp_path, score)
+    save_before_and_after(tmp_path, until=6)
     assert seen == [list(range(count)), list(range(200, 200 + count))]
     marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure in drawn]
     # Rows of panels: before and after of the first eight, then of the others
     blocks = [range(first, min(first + 8, count)) for first in range(0, count, 8)]
     assert marks[0] == [["wrong", "right", "0.25"][i % 3] for block in blocks for _ in range(2) for i in block]
-    assert set(marks[1]) == {""}
+    assert marks[1] == [f"{step + i / 100:.3g}" for block in blocks for step in (0, 2) for i in block]
     shown = [axes.images[0].get_array()[0, 0, 0] for axes in drawn[0].axes if axes.images]
     assert shown == [base + i for block in blocks for base in (0, 200) for i in block]
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]

@@ -30,10 +30,12 @@ def test_tp_grpo(tmp_path, task, method):
         pytest.importorskip("rapidocr_onnxruntime")
     small = ["--max_steps", "2", "--eval_size", "10", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--updates_per_generation", "2", "--eval_num_inference_steps", "2"]
+    small += ["--logging_steps", "1"]
     output = run("tp_grpo.py", "--task", task, "--method", method, "--output_dir", str(tmp_path), *small)
     names = {"scenes": ["clip_score", "scene", "scene_strict"], "words": ["ocr"]}[task]
     table = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in table[2:]] == names
+    assert len(output.splitlines()) < 40 and "{'" not in output
     for _, before, after, change, _ in table[2:]:
         assert float(after) - float(before) == pytest.approx(float(change), abs=2e-3)
     assert Image.open(tmp_path / "images" / "eval-000002.png").size == (8 * 32, 2 * 32)
@@ -41,6 +43,7 @@ def test_tp_grpo(tmp_path, task, method):
         assert Image.open(tmp_path / name).width > 500
     card = ModelCard.load(tmp_path / "README.md")
     assert "load_flow_pipeline()" in card.text and card.data.base_model is None
+    assert card.data.license == "apache-2.0" and {result.metric_type for result in card.data.eval_results} > set(names)
     credit = {"control_variate": "control_variate", "tp_grpo": "consistent"}.get(method)
     assert ("| credit |" in card.text) == (credit is not None)
     assert credit is None or f"| credit | {credit} |" in card.text
@@ -50,6 +53,7 @@ def test_tp_grpo(tmp_path, task, method):
 def test_tdpo_r_and_its_comparison(tmp_path):
     small = ["--eval_size", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "8"]
     small += ["--num_inference_steps", "2", "--eval_num_inference_steps", "2", "--max_steps", "4", "--eval_steps", "2"]
+    small += ["--logging_steps", "1"]
     for method in ("tdpo_r", "tdpo", "ddpo"):
         folder = tmp_path / f"{method}-42"
         updates = ["--updates_per_generation", "2" if method == "ddpo" else "1"]
@@ -112,7 +116,15 @@ def test_blockwise_grpo(tmp_path, method):
     assert rows["majority"] == [f"{results['after']['majority']:.3f} ± {results['after']['majority_se']:.3f}"]
     assert Image.open(tmp_path / "reliability_diagram.png").width > 500
     load_language_model(tmp_path)
-    assert ("2602.10231" in ModelCard.load(tmp_path / "README.md").text) == (method == "blockwise")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert ("2602.10231" in card.text) == (method == "blockwise")
+    if method == "blockwise":
+        after = results["after"]
+        assert f"| accuracy | {results['before']['accuracy']:.4f} ± " in card.text and "## Task" in card.text
+        assert f"{sum(after['bins']['count'])} of 32 completions had a confidence" in card.text
+        assert "![Reliability diagram](reliability_diagram.png)" in card.text
+        measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
 
 
 @pytest.mark.parametrize("method", ["group", "grpo"])
@@ -132,13 +144,37 @@ def test_blockwise_two_attempts(tmp_path, method):
             "tdpo_r.py",
             ["--method", "--reset_neurons", "--critic_encoder", "--out_of_domain_rewards", "--stop_after_fall"],
         ),
-        ("blockwise_grpo.py", ["--model_name_or_path", "--method", "--baseline", "--use_vllm", "--learning_rate"]),
+        (
+            "blockwise_grpo.py",
+            ["--model_name_or_path", "--method", "--baseline", "--num_generations", "--learning_rate"],
+        ),
     ],
 )
-def test_help_lists_every_argument(script, names):
+def test_help_lists_the_arguments_of_the_script_and_its_trainer(script, names):
     output = run(script, "--help")
     for name in names:
         assert name in output
+    assert "--adam_beta1" not in output and "--help-all" in output
+
+
+def test_quickstart_notebook(tmp_path):
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    pictures = [
+        output for cell in stored.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    book = nbformat.v4.new_notebook(cells=[cell for cell in stored.cells if cell.cell_type == "code"])
+    nbclient.NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in book.cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == len(pictures) == 5
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "update  reward       held out  change" in text and "| scene " in text
+    bars = [output.data["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert not any("Training" in bar or "Sampling" in bar for bar in bars)  # none is left
+    assert (tmp_path / "outputs/quickstart/README.md").is_file()
 
 
 def test_blockwise_step_benchmark():
@@ -175,9 +211,18 @@ def test_generation_memory_benchmark():
 def test_edit_grpo(tmp_path):
     small = ["--max_steps", "2", "--eval_steps", "2", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--num_inference_steps", "3", "--eval_num_inference_steps", "1"]
+    small += ["--logging_steps", "1"]
     rows = rows_of(run("edit_grpo.py", "--output_dir", str(tmp_path), *small))
     assert {"edit", "edit_strict"} <= rows.keys()
     grid = Image.open(tmp_path / "images" / "eval-000002.png")
     assert grid.size == (8 * 32, 4 * 32)  # 16 pairs of an input and its result
     assert grid.crop((0, 0, 32, 32)).convert("RGB").tobytes() == load_edits("test")[0]["image"].tobytes()
     load_flow_pipeline().load_lora_weights(tmp_path)
+
+
+@pytest.mark.slow
+def test_chaos():
+    """Signals at random times in one and two processes; the short form of it is in `test_preemption.py`."""
+    output = run("benchmarks/chaos.py", "--signals", "2", "--methods", "tp_grpo")
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| tp_grpo")]
+    assert len(rows) == 6 and all(row[4].strip() == row[5].strip() for row in rows)

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 How well each baseline stands in for the value of a prefix: the comparison of figure 1 of

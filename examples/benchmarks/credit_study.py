@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 Does better credit train better? Flow-GRPO, TP-GRPO and the control variates on the tiny pipeline, at equal updates, equal

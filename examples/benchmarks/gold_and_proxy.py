@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 Over-optimisation, studied as in https://huggingface.co/papers/2210.10760: the *gold* reward is exact, the *proxy* is learnt

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl[plots]"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 Compares finished runs of `tdpo_r.py`: how rewards that were not trained moved while the trained one rose. Prints, for each

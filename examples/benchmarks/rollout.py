@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 Rollout benchmark: the wavefront against the order of the paper's code, in one run, on the same noise.

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 What a generation and an update cost beside the denoiser itself: the same calls of the same module in the same batches,

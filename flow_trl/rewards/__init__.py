@@ -92,19 +92,59 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def import_dotted(path: str, argument: str) -> Any:
+    """
+    What a dotted path stands for, such as a reward function on the command line; of a class an instance.
+
+    Args:
+        path (`str`):
+            Module and name, for example `"my_package.rewards.darkness"`.
+        argument (`str`):
+            What it was given as, for the message.
+
+    Returns:
+        `Callable`: the function, or an instance of the class.
+
+    Raises:
+        ValueError: if there is no such module, no such name in it, or the name is no callable.
+
+    Example:
+
+    ```python
+    >>> import_dotted("flow_trl.rewards.jpeg.jpeg_compressibility", "reward")
+    ```
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`{argument}` is {path!r}, which cannot be imported ({error}): it must be the module's path and a name in it, "
+            "and the module must be installed, or in the folder where the command is run."
+        ) from error
+    found = found() if isinstance(found, type) else found
+    if not callable(found):
+        raise ValueError(
+            f"`{argument}` is {path!r}, a {type(found).__name__}: it must be a function or a class of one."
+        )
+    return found
+
+
 def get_reward_func(reward: str | Callable) -> Callable:
     """
     Returns the reward function that a name or a callable stands for.
 
     Args:
         reward (`str` or `Callable`):
-            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), or a reward function, which is returned unchanged.
+            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), dotted path of a function or of a class that is made
+            without arguments, or a reward function, which is returned unchanged.
 
     Returns:
         `Callable`: the reward function, see [`flow_trl.rewards`] for how it is called.
 
     Raises:
-        ValueError: if `reward` is a `str` that names no built-in reward, or one whose model cannot be loaded.
+        ValueError: if `reward` is a `str` that names no built-in reward and nothing that can be imported, or one whose
+            model cannot be loaded.
         TypeError: if `reward` is neither a `str` nor a callable.
         MissingExtraError: if the built-in reward needs an optional package that is not installed.
 
@@ -120,10 +160,13 @@ def get_reward_func(reward: str | Callable) -> Callable:
     ```
     """
     if isinstance(reward, str):
+        if "." in reward:
+            return import_dotted(reward, "reward")
         if reward not in BUILT_IN_REWARDS:
             raise ValueError(
                 f"`reward` is {reward!r}, which is no built-in reward. The built-in ones are "
-                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable)."
+                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable) or its "
+                "dotted path, such as 'my_package.rewards.darkness'."
             )
         return BUILT_IN_REWARDS[reward]()
     if not callable(reward):

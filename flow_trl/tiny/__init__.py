@@ -3,6 +3,7 @@ A world small enough to train in on two CPU cores: tasks with prompts and pictur
 the classes that real ones have.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def load_prompts(name: str, split: str = "train"):
     return _TASKS[name](name, split)
 
 
+@contextmanager
+def _without_bars():
+    """Nothing draws a progress bar here: what is loaded is there in a moment."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
     """
     Loads the tiny world's flow-matching model, in float32.
@@ -95,7 +112,8 @@ def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
     from diffusers import StableDiffusion3Pipeline
 
     kwargs = {"dtype": torch.float32, "text_encoder_3": None, "tokenizer_3": None, **kwargs}
-    return StableDiffusion3Pipeline.from_pretrained(folder, **kwargs)
+    with _without_bars():
+        return StableDiffusion3Pipeline.from_pretrained(folder, **kwargs)
 
 
 def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any):
@@ -123,7 +141,8 @@ def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any
 
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     kwargs = {"dtype": torch.float32, **absent, **kwargs}
-    return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
+    with _without_bars():
+        return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
 
 
 def load_clip(folder: str | Path = CLIP_FOLDER, **kwargs: Any):
@@ -151,7 +170,8 @@ def load_clip(folder: str | Path = CLIP_FOLDER, **kwargs: Any):
     from transformers import CLIPModel, CLIPProcessor
 
     kwargs = {"dtype": torch.float32, **kwargs}
-    return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
+    with _without_bars():
+        return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
 
 
 def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
@@ -187,7 +207,8 @@ def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     kwargs = {"dtype": torch.float32, **kwargs}
-    return LlamaForCausalLM.from_pretrained(folder, **kwargs), PreTrainedTokenizerFast.from_pretrained(folder)
+    with _without_bars():
+        return LlamaForCausalLM.from_pretrained(folder, **kwargs), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def scene_reward(strict: bool = False) -> SceneReward:

@@ -45,6 +45,9 @@ class BlockwiseGRPOConfig(GRPOConfig):
         scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
             What a block's advantage is divided by: `"none"`, `"group"` or `"batch"` (standard deviation of its reward
             in the group or the generation).
+        trust_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may read pickles, which can run any code, from its checkpoint. DeepSpeed and sharded FSDP
+            need it; everything else is read as tensors.
 
     Raises:
         ValueError: if an argument is out of range or cannot carry an advantage per block.
@@ -72,6 +75,9 @@ class BlockwiseGRPOConfig(GRPOConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "What a block's advantage is divided by: `none`, `group` or `batch`."},
+    )
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Whether a resumed run may read pickles, for DeepSpeed and sharded FSDP."}
     )
 
     def __post_init__(self):

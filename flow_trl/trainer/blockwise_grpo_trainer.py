@@ -7,19 +7,25 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from ..blocks import Block, check_blocks, parse_completion
+from ..cards import language_card
+from ..checkpoints import WholeCheckpoints
+from ..console import use_console
 from ..credit import block_advantages, token_advantages
+from ..publishing import Publishing
+from ..resuming import adapter, as_json, sampled_digest
 from .blockwise_grpo_config import BlockwiseGRPOConfig
 
 
 logger = get_logger(__name__)
 
 
-class BlockwiseGRPOTrainer(GRPOTrainer):
+class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
     r"""
     Trainer for [Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231). The only change against
     [`~trl.GRPOTrainer`] is that each block of a completion has its own reward and its own advantage, which only its own
@@ -71,6 +77,7 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "flow-trl", "blockwise-grpo"]
+    _make_card = staticmethod(language_card)
     _name = "Blockwise GRPO"
     _paper = {
         "title": "Blockwise Advantage Estimation for Multi-Objective RL with Verifiable Rewards",
@@ -119,6 +126,7 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
+        self.console = use_console(self)
         if len(self.reward_funcs) != len(self._block_of_func):  # TRL adds to the list it was given
             raise ValueError(
                 "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "
@@ -138,6 +146,31 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
             name if used[name] == 1 else f"{self.blocks[k].name}/{name}"
             for name, k in zip(self.reward_func_names, self._block_of_func, strict=True)
         ]
+
+    def _known(self) -> dict[str, Any]:
+        model = self.model
+        lora = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+        blocks = [[b.name, b.tags, b.pattern, b.weight, list(b.reward_weights)] for b in self.blocks]
+        return super()._known() | adapter(lora) | {
+            "model": model.config._name_or_path,
+            "base_weights": sampled_digest(weight for weight in model.parameters() if not weight.requires_grad),
+            "reward_funcs": self.reward_func_names,
+            "blocks": as_json(blocks),
+        }  # fmt: skip
+
+    @property
+    def _updates_per_generation(self) -> int:
+        return max(1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps)
+
+    def _get_train_sampler(self, dataset=None):
+        self._prompt_order = super()._get_train_sampler(dataset)
+        return self._prompt_order
+
+    def _run_epoch(self, *, epoch, epochs_trained, **kwargs) -> None:
+        if epoch == epochs_trained and self.args.shuffle_dataset:  # orders of the epochs before a run goes on
+            for _ in range(epoch):
+                torch.randperm(self._prompt_order.num_samples, generator=self._prompt_order.generator)
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         parsed = [parse_completion(ids, self.blocks, self._tokenizer) for ids in completion_ids_list]

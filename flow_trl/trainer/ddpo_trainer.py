@@ -175,17 +175,8 @@ class DDPOTrainer(DiffusionTrainer):
             with open(os.path.join(folder, "running_moments.json"), "w") as file:
                 json.dump(buffers, file)
 
-    def _credit_file(self, folder: str, name: str) -> str:
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"`resume_from_checkpoint={folder!r}` has no file `{name}`, so it was not written by {type(self).__name__} "
-                "with these settings and this number of processes: pass a `checkpoint-*` folder of such a run."
-            )
-        return path
-
     def _load_credit(self, folder: str) -> None:
-        with open(self._credit_file(folder, "running_moments.json")) as file:
+        with open(os.path.join(folder, "running_moments.json")) as file:
             buffers = json.load(file)
         size = self.moments.buffer_size
         self.moments.buffers = {prompt: deque(buffer, maxlen=size) for prompt, buffer in buffers.items()}

@@ -126,7 +126,17 @@ class DiffusionConfig(TrainingArguments):
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to leave such a grid of training images at every `logging_steps` too, and a table of all images of the
             generation (`output_dir/completions/*.parquet`: prompt, scores, advantages, what reward functions gave to
-            `log_extra`).
+            `log_extra`). Some rows of it are printed, and it goes to wandb and trackio.
+        num_completions_to_print (`int`, *optional*, defaults to `8`):
+            Number of rows of that table that are printed. If `None`, all.
+        log_unique_prompts (`bool`, *optional*, defaults to `False`):
+            Whether only one row of each prompt is printed and goes to the trackers.
+        log_completions_hub_repo (`str`, *optional*):
+            Data set on the Hub to which the tables are uploaded, every two minutes and at the end. It is made if it is not
+            there; public, unless `hub_private_repo=True`.
+        trust_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may read pickles, which can run any code, from its checkpoint. DeepSpeed and sharded FSDP
+            need it; everything else is read as tensors.
 
     Raises:
         TypeError: if an argument has another type than its annotation.
@@ -217,7 +227,20 @@ class DiffusionConfig(TrainingArguments):
     )
     num_images_to_save: int = field(default=16, metadata={"help": "Number of images in a saved grid."})
     log_completions: bool = field(
-        default=False, metadata={"help": "Whether to save a grid of training images at every `logging_steps`."}
+        default=False,
+        metadata={"help": "Whether to save training images, and print some rewards, at every `logging_steps`."},
+    )
+    num_completions_to_print: int | None = field(
+        default=8, metadata={"help": "Number of images whose rewards `log_completions` prints. If None, all."}
+    )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "Whether `log_completions` shows only one image of each prompt."}
+    )
+    log_completions_hub_repo: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub to which `log_completions` uploads its tables."}
+    )
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Whether a resumed run may read pickles, for DeepSpeed and sharded FSDP."}
     )
 
     @property
@@ -246,7 +269,7 @@ class DiffusionConfig(TrainingArguments):
         names = [
             name
             for name in self._own_fields()
-            if not name.startswith(("reward_", "overlap_", "out_of_domain_", "check_"))
+            if not name.startswith(("reward_", "overlap_", "out_of_domain_", "check_", "log_", "num_completions_"))
         ]
         return {name: getattr(self, name) for name in ("seed", *names)}
 
@@ -284,6 +307,10 @@ class DiffusionConfig(TrainingArguments):
         for name in ("guidance_scale", "eval_guidance_scale"):
             value = getattr(self, name)
             self._check(name, value is None or 0 <= value < math.inf, "it must not be negative; 1 means no guidance")
+        count = self.num_completions_to_print
+        self._check("num_completions_to_print", count is None or count >= 1, "it must be at least 1, or None for all")
+        uploads = self.log_completions_hub_repo is None or self.log_completions
+        self._check("log_completions_hub_repo", uploads, "there are tables to upload only with `log_completions=True`")
         if self.reward_weights is not None:
             valid = all(math.isfinite(weight) for weight in self.reward_weights) and any(self.reward_weights)
             self._check("reward_weights", valid, "weights must be finite, and at least one must not be 0")

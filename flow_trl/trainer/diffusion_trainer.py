@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
@@ -21,10 +20,12 @@ from ..callbacks import EMACallback, OnPolicyCallback
 from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
-from ..generation import Chunk, Generation, Sampled, SampledChunks, Sampler, ScoringError
-from ..held_out import Evaluations
-from ..loading import load_pipeline, place_components, prepare_denoisers
+from ..console import use_console
+from ..generation import Chunk, Generation, SampledChunks, Sampler
+from ..held_out import Evaluations, upload_completions
+from ..loading import load_pipeline, model_name, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
+from ..publishing import Publishing
 from ..rollout import Trajectory, euler_step, rollout
 from ..scoring import RewardFunc, Scorer
 from ..transitions import Transition, kl_divergence
@@ -35,7 +36,7 @@ from .diffusion_config import DiffusionConfig
 logger = logging.get_logger(__name__)
 
 
-class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
+class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
     """
     Shared parent of the trainers of diffusers pipelines; not used by itself.
 
@@ -48,8 +49,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             Hub id or folder of a pipeline, or a loaded pipeline. Its `transformer` or `unet` is trained.
         reward_funcs (`str`, `Callable` or a list of them):
             Reward functions, see [`flow_trl.rewards`]. A string names a built-in one.
-        args ([`DiffusionConfig`]):
-            Arguments of the trainer.
+        args ([`DiffusionConfig`], *optional*):
+            Arguments of the trainer. If not set, the defaults, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Data set with a column `prompt`; every other column reaches the reward functions by its name.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
@@ -74,13 +75,16 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self,
         model: str | DiffusionPipeline,
         reward_funcs: RewardFunc | list[RewardFunc],
-        args: DiffusionConfig,
+        args: DiffusionConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
+        self.model_name = model_name(model)
+        if args is None:
+            args = self._config_class(f"{Path(self.model_name).name}-{type(self).__name__.removesuffix('Trainer')}")
         if not isinstance(args, self._config_class):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, not {type(args).__name__} ({args!r}).")
         self.scorer = Scorer(
@@ -110,7 +114,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
         self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
-        self.model_name = str(model if isinstance(model, str) else model.name_or_path or type(model).__name__)
         self._check_pipeline(self.pipe)
         options = {
             "negative_prompt": args.negative_prompt,
@@ -147,6 +150,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.console, self._uploads = use_console(self), upload_completions(args)
         if self.is_fsdp_enabled and not self.is_lora:
             raise ValueError(
                 "`peft_config=None` trains all weights, which does not work with FSDP: pass a `LoraConfig`, or use DDP."
@@ -177,7 +181,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None
         self._resumed_from: str | None = None
         self._is_checked = False
-        self._completions: tuple[list, dict[str, list], list[int]] | None = None
+        self._completions: tuple[list, dict[str, list], list[int], list[float]] | None = None
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
 
@@ -293,7 +297,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         if args.log_completions:
             columns = {"prompt": self.train_dataset[all_rows]["prompt"], "advantage": advantages.mean(dim=1).tolist()}
             columns |= dict(zip(self.scorer.names, scores[:, -1].T.tolist(), strict=True)) | sampled.columns()
-            self._completions = sampled.images, {"step": [step] * len(all_rows), **columns}, rows
+            table = {"step": [step] * len(all_rows), **columns}
+            self._completions = sampled.images, table, rows, rewards[: len(rows), -1].tolist()
 
     def _set_generation(self, generation: Generation) -> None:
         self._generation, self._schedule = generation, generation.schedule(self.accelerator.device)
@@ -327,22 +332,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
             batch_size=args.per_device_rollout_batch_size,
         )
 
-    def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
-        """What a sampler makes, or the error of a reward function."""
-        description = "Sampling" if sampler is self._sampler else "Evaluating"
-        kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
-        with self._progress(len(args[1]), description) as bar:
-            try:
-                return sampler(*args, bar=bar, **kwargs)
-            except ScoringError as error:
-                return error.__cause__
-
     def _record(self, metrics: dict[str, float | torch.Tensor]) -> None:
         self._metrics.record(metrics)
-
-    def _progress(self, total: int, description: str) -> tqdm:
-        disabled = self.args.disable_tqdm or not self.is_local_process_zero()
-        return tqdm(total=total, desc=description, leave=False, disable=disabled)
 
     # Updates: transitions replayed, a clipped loss
 
@@ -454,18 +445,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Trainer):
         with self.ema.applied() if self.ema is not None else nullcontext():
             yield
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs,
-    ) -> None:
-        """Writes [`~cards.diffusion_card`], which takes the arguments, as `README.md` into `output_dir`."""
-        if self.is_world_process_zero():
-            card = diffusion_card(self, model_name, dataset_name, tags)
-            card.save(Path(self.args.output_dir) / "README.md")
-
+    _make_card = staticmethod(diffusion_card)
     _card_note: str | None = None
     _card_arguments = [
         "num_inference_steps", "guidance_scale", "num_generations", "generation_batch_size", "updates_per_generation",

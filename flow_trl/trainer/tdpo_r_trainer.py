@@ -188,7 +188,7 @@ class TDPORTrainer(DDPOTrainer):
         started, args = time.perf_counter(), self.args
         size, num_steps = trajectory.log_probs.shape
         embeddings = []
-        with self._progress(size * num_steps, "Embedding for the critic") as bar:
+        with self.console.progress(size * num_steps, "Embedding for the critic") as bar:
             for part in torch.arange(size * num_steps).split(args.per_device_rollout_batch_size):
                 images, steps = part // num_steps, part % num_steps
                 embeddings.append(self._embed(trajectory.latents[images, steps], self._conditions(images)))
@@ -294,7 +294,7 @@ class TDPORTrainer(DDPOTrainer):
         if not self.args.use_critic:
             return
         device = self.accelerator.device
-        weights = load_file(self._credit_file(folder, "critic.safetensors"))
+        weights = load_file(os.path.join(folder, "critic.safetensors"))
         size = weights["layers.0.weight"].shape[1]
         if size != self.critic.embedding_dim:
             raise ValueError(
@@ -302,7 +302,7 @@ class TDPORTrainer(DDPOTrainer):
                 f"{self.critic.embedding_dim}: use the encoder of the run that wrote it."
             )
         self.critic.load_state_dict(weights)
-        state = load_file(self._credit_file(folder, "critic_training.safetensors"))
+        state = load_file(os.path.join(folder, "critic_training.safetensors"))
         self._dormant = {
             name.removeprefix("dormant."): mask.to(device)
             for name, mask in state.items()
@@ -314,5 +314,5 @@ class TDPORTrainer(DDPOTrainer):
                 for moment in ("step", "exp_avg", "exp_avg_sq")
             }
         if os.path.isfile(os.path.join(folder, "critic_inputs_0.safetensors")):  # written within a generation
-            tensors = load_file(self._credit_file(folder, self._critic_inputs_name))
+            tensors = load_file(os.path.join(folder, self._critic_inputs_name))
             self._critic_inputs = {name: tensor.to(device) for name, tensor in tensors.items()}

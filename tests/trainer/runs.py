@@ -1,6 +1,8 @@
 """Tiny training runs. As a script, `accelerate launch runs.py spec.json` does the runs of a list one after another."""
 
 import dataclasses
+import os
+import signal
 
 import datasets
 import numpy as np
@@ -63,6 +65,17 @@ class Watch(TrainerCallback):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
+
+
+class Told(TrainerCallback):
+    """Gives one process SIGTERM when an update begins."""
+
+    def __init__(self, rank, update):
+        self.rank, self.update = rank, update
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step) == (self.rank, self.update):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def make_config(output_dir, method="tp", **kwargs):
@@ -179,12 +192,13 @@ def joined(calls, trainer):
 def run(spec):
     """Trains, and returns everything that should not depend on the number of processes."""
     spec = dict(spec)
-    resume, easy = spec.pop("resume", None), spec.pop("easy", ())
+    resume, easy, told = spec.pop("resume", None), spec.pop("easy", ()), spec.pop("told", None)
     recorder = Recorder()
     trainer = make_trainer(
         reward_funcs=recorder,
         train=prompts(easy=easy),
         evaluation=prompts(3) if spec.pop("evaluate", False) else None,
+        callbacks=[Told(*told)] if told else [],
         **spec,
     )
     evaluated, start = [], weights(trainer)
@@ -195,7 +209,11 @@ def run(spec):
         return compute_loss(model, inputs, **kwargs)
 
     trainer.compute_loss = count
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except SystemExit as error:
+        assert told and error.code == 128 + signal.SIGTERM
+        return {"updates": trainer.state.global_step}
     history = [
         {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
         for entry in trainer.state.log_history

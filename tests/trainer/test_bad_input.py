@@ -18,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import LoHaConfig, LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -138,6 +139,8 @@ CONFIGS = [
     ({"beta": -0.1}, "beta", "not be negative"),
     ({"beta": math.inf}, "beta", "0 switches"),
     ({"adv_clip_max": 0}, "adv_clip_max", "above 0"),
+    ({"num_completions_to_print": 0}, "num_completions_to_print", "at least 1, or None"),
+    ({"log_completions_hub_repo": "user/logs"}, "log_completions_hub_repo", "only with `log_completions=True`"),
     ({"ema_decay": 1}, "ema_decay", "in [0, 1); 0 switches"),
     ({"ema_decay": -0.1}, "ema_decay", "in [0, 1)"),
     ({"ema_update_steps": 0}, "ema_update_steps", "at least 1"),
@@ -310,7 +313,7 @@ TRAINERS = {
     "iterable data set": (
         {"train_dataset": iterable},
         TypeError,
-        ["`train_dataset`", "not IterableDataset", "Dataset.from_list"],
+        ["`train_dataset` is a streamed data set", "`IterableDataset`", "dataset.take(10_000)"],
     ),
     "number as prompt": (
         {"train_dataset": lambda: datasets.Dataset.from_dict({"prompt": [1, 2, 3, 4]})},
@@ -444,11 +447,15 @@ TRAINERS = {
         TypeError,
         ["`args` must be a TPGRPOConfig, not TrainingArguments"],
     ),
-    "no config": ({"args": None}, TypeError, ["`args` must be a TPGRPOConfig, not NoneType"]),
     "config changed afterwards": (
         {"args": changed_later},
         ValueError,
         ["`args.gradient_accumulation_steps=4`", "`args.generation_batch_size=8`", "do not change"],
+    ),
+    "upload of completions without a network": (
+        {"args": lambda: config("out", log_completions=True, log_completions_hub_repo="user/logs")},
+        OfflineModeIsEnabled,
+        ["offline mode is enabled"],
     ),
     "evaluation without a data set": (
         {"args": lambda: config("out", eval_strategy="steps")},
@@ -861,9 +868,8 @@ def test_conversion_to_ddim_does_not_clip_latents(tmp_path):
 @pytest.mark.parametrize(
     "file, words",
     [
-        ("running_moments.json", ["has no file `running_moments.json`", "TDPORTrainer"]),
-        ("critic.safetensors", ["has no file `critic.safetensors`", "pass a `checkpoint-*` folder"]),
-        ("critic_training.safetensors", ["has no file `critic_training.safetensors`"]),
+        ("running_moments.json", ["file `running_moments.json` is missing", "TDPORTrainer"]),
+        ("critic.safetensors", ["file `critic.safetensors` is missing", "pass a `checkpoint-*` folder"]),
         (None, ["a critic of embeddings of 48 numbers", "`critic_encoder` makes 24", "use the encoder"]),
     ],
 )

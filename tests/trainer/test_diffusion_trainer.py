@@ -18,8 +18,7 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -169,7 +168,7 @@ def test_all_groups_skipped(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_process_runs(tmp_path_factory):
-    """Five runs, one after another, in two processes; what each process saw of them."""
+    """Seven runs, one after another, in two processes; what each process saw of them."""
     folder = tmp_path_factory.mktemp("two")
     evaluation = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -181,6 +180,8 @@ def two_process_runs(tmp_path_factory):
         {"output_dir": str(folder / "resumed"), **adam, "resume": str(folder / "straight" / "checkpoint-3")},
         {"output_dir": str(folder / "skipped"), "easy": list(range(8)), "beta": 0.1, "max_steps": 3},
         {"output_dir": str(folder / "jumps"), **BASE, **JUMPS},
+        {"output_dir": str(folder / "told"), **adam, "told": [1, 2]},
+        {"output_dir": str(folder / "told"), **adam, "resume": True},
     ]
     return specs, two_processes.launch("runs.py", specs, folder)
 
@@ -228,6 +229,15 @@ def test_two_processes_resume_and_load_the_best(two_process_runs):
     ):  # fmt: skip
         assert torch.equal(result["weights"], flat(Path(folder) / "trained_weights.safetensors"))
         assert torch.equal(result["averages"], flat(Path(folder) / "ema_weights.safetensors"))
+
+
+def test_two_processes_of_which_one_is_told_to_end(two_process_runs):
+    """Both end after the update, with a checkpoint within a generation; resumed, they are what nobody told."""
+    specs, results = two_process_runs
+    assert results[5] == ({"updates": 3}, {"updates": 3})
+    expected = flat(Path(specs[1]["output_dir"]) / "checkpoint-4" / "trained_weights.safetensors")
+    for result in results[6]:
+        assert torch.equal(result["weights"], expected)
 
 
 # Saving and resuming
@@ -318,15 +328,6 @@ def test_resumed_by_the_trainer_that_went_further(tmp_path, straight):
     assert_equal_trainers(trainer, straight)
 
 
-def test_generation_of_another_size_is_not_resumed(tmp_path):
-    make_trainer(tmp_path, **SAVING | {"max_steps": 1}).train()
-    with pytest.raises(ValueError, match=r"16 images, not 32, in generation_0.*multiple of 2 updates"):
-        make_trainer(tmp_path, generation_batch_size=32, **SAVING).train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoint-1" / "generation_0.safetensors").unlink()
-    with pytest.raises(ValueError, match="no file generation_0"):
-        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
-
-
 @pytest.mark.parametrize("place", ["optimizer", "generation", "weights", "average", "rename"])
 def test_killed_while_saving(tmp_path, straight, place):
     def child():
@@ -409,12 +410,6 @@ def test_resuming_a_run_that_kept_the_best(tmp_path):
     trainer = make_trainer(tmp_path, reward_funcs=Scripted([0.2, 0.3]), **config | {"max_steps": 4})
     trainer.train(resume_from_checkpoint=True)
     assert Path(trainer.state.best_model_checkpoint) == tmp_path / "checkpoint-1"
-
-
-def test_a_folder_that_is_no_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(ValueError, match="trained_weights"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_the_adapter_depends_on_the_seed_alone(tmp_path):
@@ -837,6 +832,22 @@ def test_what_trl_gives_reward_functions(tmp_path):
     assert "eval_brightest" in trainer.evaluate()
 
 
+def test_arguments_have_defaults_named_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = Dataset.from_list([{"prompt": f"number {i}", "easy": False} for i in range(48)])
+    trainer = flow_trl.TPGRPOTrainer(pipelines.stable_diffusion_3(t5=False), brightness, train_dataset=train)
+    assert trainer.args.output_dir == "StableDiffusion3Pipeline-TPGRPO"
+    assert trainer.args.num_generations == TPGRPOConfig("out").num_generations
+
+
+def test_one_image_of_each_prompt_is_shown(tmp_path, capsys):
+    options = {"log_completions": True, "log_unique_prompts": True, "num_completions_to_print": None, "max_steps": 1}
+    make_trainer(tmp_path, **options).train()
+    lines = capsys.readouterr().out.split("4 of the 4 samples of update 1\n")[1].splitlines()[1:5]
+    assert len({line.split("  ")[0] for line in lines}) == 4
+    assert len(pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")) == 16
+
+
 def test_failed_rewards_are_counted(tmp_path, caplog):
     calls = []
 
@@ -1085,27 +1096,14 @@ def test_grids_of_training_images(tmp_path):
         tmp_path, reward_funcs=recorder, max_steps=3, log_completions=True, save_strategy="steps", save_steps=1
     )
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["train-000001.png", "train-000003.png"]
+    assert sorted(path.name for path in (tmp_path / "images").glob("*.png")) == [
+        "train-000001.png",
+        "train-000003.png",
+    ]
     grid = np.asarray(Image.open(tmp_path / "images" / "train-000003.png"))
     assert np.array_equal(grid, np.concatenate(recorder.images[-1][:4], axis=1))  # finished images
     # a generation that was begun before the run was stopped leaves no grid
     make_trainer(tmp_path, max_steps=4, log_completions=True).train(str(tmp_path / "checkpoint-3"))
-
-
-def test_grids_reach_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trainer = make_trainer(
-        tmp_path / "out", evaluation=prompts(3), eval_strategy="steps", eval_steps=2, report_to=["tensorboard"]
-    )
-    trainer.train()
-    folders = {path.parent for path in tmp_path.rglob("events*")}
-    (folder,) = folders
-    events = EventAccumulator(str(folder), size_guidance={"images": 0})
-    events.Reload()
-    (event,) = events.Images("images/eval")
-    assert (event.step, event.width, event.height) == (2, 48, 16)
 
 
 def test_learning_curve_of_a_run(tmp_path):
@@ -1132,50 +1130,7 @@ def test_metrics_of_an_update(tmp_path):
     assert first.keys() == update | generation
 
 
-# The Hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Uploads go to folders."""
-    uploads = []
-
-    def create_repo(self, repo_id, **kwargs):
-        return type("Url", (), {"repo_id": f"me/{repo_id.split('/')[-1]}"})
-
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns=None, path_in_repo="", **kwargs):
-        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        uploads.append((repo_id, sorted(filter_repo_objects(paths, ignore_patterns=ignore_patterns))))
-        return type("Done", (), {"done": lambda self: True, "result": lambda self: None})()
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return uploads
-
-
-def test_push_to_hub(tmp_path, hub):
-    trainer = make_trainer(
-        tmp_path / "lora-of-mine", evaluation=prompts(2), eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    (trainer.args.output_dir / Path("_saving") / "checkpoint-9").mkdir(parents=True)
-    (trainer.args.output_dir / Path("_saving") / "checkpoint-9" / "optimizer.pt").touch()  # left by a kill
-    trainer.push_to_hub()
-    assert hub == [
-        ("me/lora-of-mine", ["README.md", "images/eval-000002.png", "pytorch_lora_weights.safetensors"])
-    ]  # fmt: skip
-
-
-def test_pushing_at_every_save(tmp_path, hub):
-    make_trainer(
-        tmp_path / "run", push_to_hub=True, hub_model_id="me/run", save_strategy="steps", save_steps=1
-    ).train()
-    assert len(hub) >= 2
-    for repo, files in hub:
-        assert repo == "me/run"
-        assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(files)
-        assert not any("checkpoint" in file or "optimizer" in file for file in files)
+# The card
 
 
 def test_model_card(tmp_path):
@@ -1191,32 +1146,62 @@ def test_model_card(tmp_path):
     )  # fmt: skip
     trainer.train()
     trainer.create_model_card(dataset_name="me/prompts", tags="toy")
+    trainer.create_model_card()  # as a push does it; what was said before is kept
     card = ModelCard.load(tmp_path / "my-lora" / "README.md")
-    assert card.data.base_model == "someone/small-flow"
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/small-flow", "adapter")
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "text-to-image"
     assert card.data.datasets == "me/prompts"
+    assert card.data.metrics == ["reward", "brightness", "flat_reward"]
     assert {"lora", "flow-trl", "TP-GRPO", "toy"} <= set(card.data.tags)
     before, after = logged(trainer, "eval_reward")
+    first, last = logged(trainer, "eval_reward_se")
     assert before != after
+    assert card.data.model_name == "my-lora"
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["reward"].metric_value == after and results["reward"].metric_args == {"standard_error": last}
+    assert results["flat_reward"].metric_value == 0.25
+    assert (results["reward"].task_type, results["reward"].dataset_name) == ("text-to-image", "held-out prompts")
+    assert [entry["text"] for entry in card.data.widget] == PROMPTS[:3]
+    grid = Image.open(tmp_path / "my-lora" / "images" / "eval-000002.png")
+    for number, entry in enumerate(card.data.widget):
+        shown = Image.open(tmp_path / "my-lora" / entry["output"]["url"])
+        assert shown.tobytes() == grid.crop((16 * number, 0, 16 * number + 16, 16)).tobytes()
     for text in (
         "# my-lora",
         "trained with TP-GRPO",
         "2602.06422",
         "`TPGRPOTrainer`",
+        "<Gallery />",
+        'pipe = StableDiffusion3Pipeline.from_pretrained("someone/small-flow", text_encoder_3=None, tokenizer_3=None)',
         'pipe.load_lora_weights("me/my-lora")',
-        f"| reward | {before:.4f} | {after:.4f} |",
-        "| rewards/flat_reward/mean | 0.2500 | 0.2500 |",
+        f"| reward | {before:.4f} ± {first:.4f} | {after:.4f} ± {last:.4f} |",
+        "| flat_reward | 0.2500 ± 0.0000 | 0.2500 ± 0.0000 |",
         "`brightness` 1.0, `flat_reward` 0.5",
+        "| updates | 2 |",
         "| learning_rate | 0.05 |",
         "| seed | 7 |",
         "| credit | consistent |",
         "| LoRA rank, alpha | 4, 8 |",
-        "![Samples](images/eval-000002.png)",
-        f"flow_trl {flow_trl.__version__}",
+        "| denoiser evaluations | 96 |",
+        "| scored images | 48 |",
+        "| hours |",
+        "| hardware | 1 x CPU",
+        "![Before and after, the same prompts and noise](before_after.png)",
+        f"flow-trl {flow_trl.__version__}",
         "@misc{",
     ):
         assert text in card.text, text
+    assert Image.open(tmp_path / "my-lora" / "before_after.png").width > 400
+
+
+def test_a_single_evaluation_is_not_shown_as_before(tmp_path):
+    trainer = make_trainer(tmp_path / "run", evaluation=prompts(2), eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "run" / "README.md").text
+    assert "| reward | after |" in card and "before" not in card.split("## Training")[0]
+    assert "![Samples](images/eval-000002.png)" in card and not (tmp_path / "run" / "before_after.png").exists()
 
 
 def test_model_card_of_a_run_without_evaluation(tmp_path):
@@ -1226,11 +1211,20 @@ def test_model_card_of_a_run_without_evaluation(tmp_path):
     trainer.train()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "full" / "README.md")
-    assert "training generations" in card.text and "LoRA" not in card.text
-    assert (
-        "2505.05470" in card.text and f'StableDiffusion3Pipeline.from_pretrained("{tmp_path / "full"}")' in card.text
-    )
-    assert "lora" not in card.data.tags
+    assert "last training generation; nothing was held out" in card.text and "LoRA" not in card.text
+    assert "2505.05470" in card.text and f'StableDiffusion3Pipeline.from_pretrained("{tmp_path / "full"}"' in card.text
+    assert "lora" not in card.data.tags and card.data.eval_results is None
+
+
+@pytest.mark.parametrize("max_steps, update_steps, share", [(2, 8, 100), (20, 8, 81), (80, 8, None), (2, 1, 81)])
+def test_an_average_of_hardly_trained_weights_is_warned_of(tmp_path, caplog, max_steps, update_steps, share):
+    trainer = make_trainer(tmp_path, max_steps=max_steps, ema_update_steps=update_steps)
+    trainer.state.max_steps = max_steps
+    trainer.ema.on_train_begin(trainer.args, trainer.state, trainer.control)
+    if share is None:
+        assert "ema_decay" not in caplog.text
+    else:
+        assert f"are to {share}% those from before training. Set `ema_decay=0`" in caplog.text
 
 
 class Restless(torch.nn.Module):

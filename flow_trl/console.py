@@ -1,0 +1,478 @@
+"""What a training prints: a progress bar, and a table with one line per log whose columns are what matters."""
+
+import atexit
+import base64
+import io
+import os
+import re
+import sys
+import time
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import is_rich_available
+
+
+class Column(NamedTuple):
+    """
+    A column of the table.
+
+    Args:
+        header (`str`): its title; `{}` stands for what the pattern's group matched, with a column for each.
+        pattern (`str`): regular expression of the names of metrics whose mean is shown. Without any there is no column.
+        meaning (`str`): said once, above the table.
+        spec (`str`, *optional*): how a value is formatted, such as `".1%"`; in about four digits if not set.
+    """
+
+    header: str
+    pattern: str
+    meaning: str
+    spec: str | None = None
+
+
+COLUMNS = [
+    Column("reward", r"reward", "mean of the training samples"),
+    Column("{}", r"blocks/(.+)/reward", "mean reward of each block"),
+    Column("step corr.", r"control_variate/.*correlation_\d+", "correlation of rewards before and after a step"),
+    Column("turning", r"turning_points/.*step_\d+", "steps that are turning points", ".1%"),
+    Column("critic", r"critic/explained_variance", "share of the returns' variance that the critic explains"),
+    Column("kl", r"kl", "divergence from the reference"),
+    Column("clipped", r"clip_ratio/region_mean", "ratios outside of the clip range", ".1%"),
+    Column("length", r"completions/mean_length", "tokens of a completion"),
+    Column("sample s", r"time/sampling", "seconds of a generation's denoising", ".1f"),
+    Column("decode s", r"time/decoding", "of its decoder", ".1f"),
+    Column("wait s", r"time/reward_wait", "of waiting for its rewards", ".1f"),
+    Column("train s", r"time/update", "of an update", ".1f"),
+    Column("step s", r"step_time", "seconds of an update with its share of the generation", ".1f"),
+]
+
+
+def number(value: float, like: float | None = None) -> str:
+    """A number in about four digits, or in as many decimals as another one."""
+    size = abs(value if like is None else like)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.{3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0}f}"
+
+
+def duration(seconds: float) -> str:
+    """Hours (if any), minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class ConsoleCallback(TrainerCallback):
+    """
+    Prints a training for people: a bar with the reward, the held-out reward, its change and the time left, and a line of a
+    table per log. Everything else that is logged is in the trackers and in `trainer.state.log_history`. Bars are drawn by
+    rich if it is installed and by tqdm if not; there are none where nothing shows them, or with `disable_tqdm=True`.
+
+    All trainers of this library use it instead of transformers' `ProgressCallback`. To have that back, remove this one:
+    `trainer.remove_callback(ConsoleCallback)` and `trainer.add_callback(ProgressCallback)`.
+
+    Args:
+        columns (`list[Column]`, *optional*):
+            Columns of the table. If not set, those of `COLUMNS` that the first log has values for.
+
+    Example:
+
+    ```python
+    >>> columns = [*COLUMNS, Column("edges", r"rewards/edges/mean", "mean of my reward")]
+    >>> trainer = TPGRPOTrainer(..., callbacks=[ConsoleCallback(columns)])
+    ```
+    """
+
+    def __init__(self, columns: list[Column] | None = None):
+        self.columns = COLUMNS if columns is None else columns
+        self.title, self.eval_sets, self.is_quiet, self.evaluates = "", [""], False, False
+        self._screen: Any = None
+        self._begin(is_training=False)
+
+    def _begin(self, is_training: bool) -> None:
+        self._is_training, self._bar, self._evaluating = is_training, None, None
+        self._head: list[tuple[str, list[str], str | None]] | None = None  # header, names of metrics, format
+        self._row: dict[str, Any] = {}  # is being filled
+        self._waiting: list[dict[str, Any]] = []  # for the table to begin
+        self._beside: dict[str, str] = {}  # what stands beside the bar
+
+    @property
+    def screen(self) -> Any:
+        if self._screen is None:
+            self._screen = make_screen()
+            atexit.register(self._screen.close)  # a training that fails leaves its bar
+        return self._screen
+
+    def progress(self, total: int, description: str) -> Any:
+        """
+        A bar for a part of an update, such as the sampling of a generation.
+
+        Args:
+            total (`int`): of what is done.
+            description (`str`): what is done.
+
+        Returns:
+            A context manager; what it gives has tqdm's `update(n)`.
+        """
+        return closing(tqdm(disable=True) if self.is_quiet else self.screen.task(total, description))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.screen.close()
+        self._begin(is_training=True)
+        self.began, self.first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        size, group = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+        sizes = f", generations of {size} samples: {size // group} prompts, {group} of each" if size and group else ""
+        self.screen.print(f"{self.title}: {state.max_steps} updates{sizes}\n", "bold")
+        if not self.is_quiet:
+            self._bar = self.screen.task(state.max_steps, "Training")
+            self._bar.update(state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._flush()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+            self._bar.update(1)
+            self._show(left=f"{duration(left)} left")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not self.is_quiet:
+            if self._evaluating is None:
+                self._evaluating = self.screen.task(len(eval_dataloader), "Evaluating")
+            self._evaluating.update(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._evaluating is not None:
+            self._evaluating.close()
+            self._evaluating = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        evaluated = [name for name in self.eval_sets if f"eval_{name}reward" in logs]
+        if evaluated:
+            self._row.setdefault("update", state.global_step)
+            for name in evaluated:
+                self._add_evaluation(name, logs, state.log_history)
+            if all(f"held out {name}".strip(" _") in self._row for name in self.eval_sets):
+                self._flush()
+        elif "loss" in logs:
+            self._flush()
+            if self._head is None:
+                self._begin_table(logs)
+            if "reward" in logs:
+                self._show(reward=f"reward {number(logs['reward'])}")
+            self._row = {"update": state.global_step}
+            for header, names, spec in self._head:
+                values = [logs[name] for name in names if logs.get(name) is not None]
+                if values:
+                    self._row[header] = format(np.mean(values), spec) if spec else number(np.mean(values))
+            if not control.should_evaluate:  # otherwise the evaluation comes into the same line
+                self._flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._flush()
+        self.screen.close()
+        waiting, done = self._waiting, state.global_step - self.first_step
+        self._begin(is_training=False)
+        for row in waiting:
+            self._print_row(row)
+        if state.is_world_process_zero:
+            self.screen.print(f"\n{done} updates in {duration(time.monotonic() - self.began)}")
+
+    def show_completions(
+        self, step: int, table: dict[str, list], count: int | None, image: Image.Image | None
+    ) -> None:
+        """
+        Prints some rows of a table of samples, spread over it, and a picture where pictures can be shown.
+
+        Args:
+            step (`int`):
+                Number of updates so far.
+            table (`dict[str, list]`):
+                Columns of N strings or numbers each.
+            count (`int`, *optional*):
+                How many rows are printed; all if not set.
+            image (`PIL.Image.Image`, *optional*):
+                The picture: shown in notebooks, and in the terminals of iTerm, WezTerm, kitty and Ghostty.
+        """
+        size = len(next(iter(table.values())))
+        rows = np.linspace(0, size - 1, min(size, size if count is None else count)).round().astype(int)
+        columns = []
+        for name, values in table.items():
+            cells = [number(values[i]) if isinstance(values[i], float) else str(values[i]) for i in rows]
+            width = min(60, max(map(len, [name, *cells])))
+            is_text = isinstance(values[0], str)
+            columns.append([f"{cell[:width]:{'<' if is_text else '>'}{width}}" for cell in [name, *cells]])
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        self.screen.print(f"\n{len(rows)} of the {size} samples of update {step}\n{lines[0]}", "bold")
+        self.screen.print("\n".join(lines[1:]) + "\n")
+        if image is not None:
+            self.screen.show(image)
+
+    def _show(self, **parts: str) -> None:
+        """Changes parts of what stands beside the bar."""
+        self._beside |= parts
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(self._beside.values()))
+
+    def _add_evaluation(self, name: str, logs: dict[str, float], history: list[dict]) -> None:
+        key = f"eval_{name}reward"
+        value, error = logs[key], logs.get(f"{key}_se")
+        change = value - next((entry[key] for entry in history if key in entry), value)
+        held_out, changed = (f"{title} {name}".strip(" _") for title in ("held out", "change"))
+        self._row[held_out] = number(value) + (f" ±{number(error, value)}" if error is not None else "")
+        self._row[changed] = f"{'-' if change < 0 else '+'}{number(abs(change), value)}"
+        self._show(**{held_out: f"{held_out} {number(value)} ({self._row[changed]})"})
+
+    def _begin_table(self, logs: dict[str, float]) -> None:
+        """Prints what the columns mean, and their headers."""
+        self._head, meanings, titles = [], ["update: number of updates so far"], ["update"]
+        for column in self.columns:
+            headers: dict[str, list[str]] = {}
+            for name in logs:
+                if match := re.fullmatch(column.pattern, name):
+                    headers.setdefault(column.header.format(*match.groups()), []).append(name)
+            self._head += [(header, names, column.spec) for header, names in headers.items()]
+            titles += headers
+            if headers:
+                meanings.append(f"{', '.join(headers)}: {column.meaning}")
+        if self._waiting or self.evaluates:
+            held_out = [f"{title} {name}".strip(" _") for name in self.eval_sets for title in ("held out", "change")]
+            titles[2:2] = held_out
+            meanings.insert(2, "held out: reward of the evaluation ± standard error; change: since the first one")
+        self._widths = {title: max(len(title), 13 if title.startswith("held out") else 6) for title in titles}
+        line = "  ".join(f"{title:>{width}}" for title, width in self._widths.items())
+        self.screen.print("\n".join(f"  {meaning}" for meaning in meanings) + "\n")
+        self.screen.print(f"{line}\n{'-' * len(line)}", "bold")
+        waiting, self._waiting = self._waiting, []
+        for row in waiting:
+            self._print_row(row)
+
+    def _flush(self) -> None:
+        """Prints the line that was filled, as soon as the table has begun."""
+        row, self._row = self._row, {}
+        if row and self._is_training and self._head is None:
+            self._waiting.append(row)
+        elif row:
+            self._print_row(row)
+
+    def _print_row(self, row: dict[str, Any]) -> None:
+        if self._head is None:
+            self.screen.print("  ".join(f"{title} {cell}" for title, cell in row.items()))
+        else:
+            line = "  ".join(f"{row.get(title, ''):>{width}}" for title, width in self._widths.items())
+            self.screen.print(line.rstrip(), "cyan" if "change" in " ".join(row) else None)
+
+
+def use_console(trainer: Any) -> ConsoleCallback:
+    """
+    Lets a trainer print what [`ConsoleCallback`] does, instead of dictionaries.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer; TRL's are fine too.
+
+    Returns:
+        [`ConsoleCallback`]: the one among the trainer's callbacks, or a new one.
+
+    Example:
+
+    ```python
+    >>> use_console(trl.GRPOTrainer(...)).title
+    'GRPOTrainer'
+    ```
+    """
+    callbacks = trainer.callback_handler.callbacks
+    for callback in [
+        c for c in callbacks if type(c) in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
+    ]:
+        trainer.remove_callback(callback)
+    console = next((callback for callback in callbacks if isinstance(callback, ConsoleCallback)), None)
+    if console is None:
+        console = ConsoleCallback()
+        trainer.add_callback(console)
+    console.title = type(trainer).__name__
+    console.is_quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    console.evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start
+    if isinstance(trainer.eval_dataset, dict):
+        console.eval_sets = [f"{name}_" for name in trainer.eval_dataset]
+    return console
+
+
+# Where it is printed: `task` makes a bar with tqdm's `update`, `set_postfix_str` and `close`
+
+
+class Plain:
+    """Lines of text, with tqdm's bars on a terminal."""
+
+    def __init__(self):
+        self._bars: list[tqdm] = []
+
+    def task(self, total: int, description: str) -> tqdm:
+        layout = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
+        bar = tqdm(total=total, desc=description, leave=False, disable=None, bar_format=layout)
+        self._bars.append(bar)
+        return bar
+
+    def print(self, text: str, style: str | None = None) -> None:
+        tqdm.write(text)
+
+    def show(self, image: Image.Image) -> None:
+        if (code := _inline(image)) is not None:
+            tqdm.write(code)
+
+    def close(self) -> None:
+        for bar in self._bars[::-1]:
+            bar.close()
+        self._bars = []
+
+
+class Rich:
+    """The same by rich."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.console = Console(highlight=False, markup=False)
+        columns = (
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TextColumn("{task.fields[text]}"),
+        )
+        self.bars = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
+
+    def task(self, total: int, description: str) -> "RichTask":
+        if self.console.is_terminal:
+            self.bars.start()
+        return RichTask(self, self.bars.add_task(description, total=total, text=""))
+
+    def print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, soft_wrap=True)
+
+    def show(self, image: Image.Image) -> None:
+        if (code := _inline(image)) is not None:
+            self.bars.stop()
+            self.console.file.write(code + "\n")
+            if self.bars.tasks:
+                self.bars.start()
+
+    def close(self) -> None:
+        for task in self.bars.task_ids:
+            self.bars.remove_task(task)
+        if self.bars.live.is_started:
+            self.bars.stop()
+
+
+class RichTask:
+    """A bar of rich with tqdm's methods."""
+
+    def __init__(self, screen: Rich, number: int):
+        self.screen, self.number = screen, number
+
+    def update(self, n: int) -> None:
+        self.screen.bars.advance(self.number, n)
+
+    def set_postfix_str(self, text: str) -> None:
+        self.screen.bars.update(self.number, text=text)
+
+    def close(self) -> None:
+        self.screen.bars.remove_task(self.number)
+        if not self.screen.bars.tasks:
+            self.screen.close()
+
+
+class Notebook:
+    """The same in a notebook, where one output is rewritten."""
+
+    def __init__(self):
+        self.tasks: list[NotebookTask] = []
+        self.handle = None
+
+    def task(self, total: int, description: str) -> "NotebookTask":
+        return NotebookTask(self, total, description)
+
+    def refresh(self) -> None:
+        from IPython.display import display
+
+        text = {"text/plain": "\n".join(map(str, self.tasks))}
+        if self.handle is None:
+            self.handle = display(text, raw=True, display_id=True)
+        else:
+            self.handle.update(text, raw=True)
+        if not self.tasks:
+            self.handle = None
+
+    def print(self, text: str, style: str | None = None) -> None:
+        print(text)
+
+    def show(self, image: Image.Image) -> None:
+        from IPython.display import display
+
+        display(image)
+
+    def close(self) -> None:
+        if self.tasks:
+            self.tasks.clear()
+            self.refresh()
+
+
+class NotebookTask:
+    """A bar in a notebook with tqdm's methods."""
+
+    def __init__(self, screen: Notebook, total: int, description: str):
+        self.screen, self.total, self.description, self.done, self.text = screen, total, description, 0, ""
+        screen.tasks.append(self)
+        screen.refresh()
+
+    def __str__(self) -> str:
+        filled = 20 * self.done // max(1, self.total)
+        return f"{self.description} {self.done}/{self.total} {'█' * filled}{'░' * (20 - filled)} {self.text}"
+
+    def update(self, n: int) -> None:
+        self.done += n
+        self.screen.refresh()
+
+    def set_postfix_str(self, text: str) -> None:
+        self.text = text
+        self.screen.refresh()
+
+    def close(self) -> None:
+        if self in self.screen.tasks:
+            self.screen.tasks.remove(self)
+            self.screen.refresh()
+
+
+def make_screen() -> Plain | Rich | Notebook:
+    """What this process prints to."""
+    if "ipykernel" in sys.modules:
+        return Notebook()
+    return Rich() if is_rich_available() else Plain()
+
+
+def _inline(image: Image.Image) -> str | None:
+    """The code that shows a picture in the terminal, if it is known to understand one."""
+    program, kind = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
+    if not sys.stdout.isatty():
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    if program in ("iTerm.app", "WezTerm"):
+        return f"\033]1337;File=inline=1:{data}\a"
+    if kind == "xterm-kitty" or program == "ghostty":
+        parts = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+        codes = [f"m={int(i < len(parts) - 1)};{part}" for i, part in enumerate(parts)]
+        return "".join(f"\033_G{'f=100,a=T,' if i == 0 else ''}{code}\033\\" for i, code in enumerate(codes))
+    return None
