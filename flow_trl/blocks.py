@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 PATTERN_SECONDS = 0.2  # for a pattern in a completion
 _OUTSIDE = "\x00"  # stands for a character that the model did not write
 
+
 @dataclass(frozen=True)
 class Block:
     r"""

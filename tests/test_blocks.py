@@ -494,7 +494,10 @@ def test_nothing_was_generated():
 
 # Which of several
 
-LAST = [Block("solution", len, tags=("reasoning", "answer")), Block("confidence", len, tags=("analysis", "confidence"))]
+LAST = [
+    Block("solution", len, tags=("reasoning", "answer")),
+    Block("confidence", len, tags=("analysis", "confidence")),
+]
 ANSWER, SURE = "<answer>{}</answer>", "<confidence>{}</confidence>"
 
 

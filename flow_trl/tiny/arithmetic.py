@@ -95,9 +95,7 @@ def solve(prompt: str, worked: bool) -> tuple[str, str]:
     return ",".join(steps), str(answer)
 
 
-def write_completion(
-    prompt: str, rng: random.Random, direct_share: float = 0.35, informed: bool = False
-) -> str:
+def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35, informed: bool = False) -> str:
     """
     Writes a right completion for a prompt, as the tiny language model was trained on.
 

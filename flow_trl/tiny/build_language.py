@@ -67,7 +67,9 @@ class BuildArguments:
     informed_steps: int = field(
         default=150, metadata={"help": "Further steps, in which the analysis says how hard the problem is."}
     )
-    start_from: str | None = field(default=None, metadata={"help": "Folder of a model to take the further steps from."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "Folder of a model to take the further steps from."}
+    )
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, at its highest."})
     num_prompts: int = field(default=400, metadata={"help": "Test prompts of the evaluation, at most 400."})
     num_generations: int = field(default=16, metadata={"help": "Completions of each of them."})
@@ -157,7 +159,9 @@ def _make_batch(
     for index in range(num_rows):
         problem = draw_train_problem(DIFFICULTIES[index % len(DIFFICULTIES)], rng)
         problem = TWICE + problem if twice else problem
-        prompt, completion = tokenizer([problem, write_completion(problem, rng, informed=informed)], add_special_tokens=False).input_ids
+        prompt, completion = tokenizer(
+            [problem, write_completion(problem, rng, informed=informed)], add_special_tokens=False
+        ).input_ids
         if rng.random() < 0.15:
             noise = [unknown if rng.random() < 0.6 else rng.choice(known) for _ in range(rng.randint(0, 12))]
             prompt = [*noise, unknown, *prompt]
