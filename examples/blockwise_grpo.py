@@ -34,7 +34,7 @@ from flow_trl.evaluation import reliability_diagram, sample_completions, score_c
 from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
-METHODS = ("blockwise", "group", "batch", "none", "rlcr", "grpo")
+METHODS = ("blockwise", "group", "batch", "none", "dcpo", "rlcr", "grpo")
 
 
 @dataclass
@@ -47,7 +47,8 @@ class TaskArguments:
             Model to train: Hub id or folder. If not set, the tiny world's, with settings that suit it.
         method (`str`, *optional*, defaults to `"blockwise"`):
             `"blockwise"` compares later blocks after beginnings of the same outcome; `"group"`, `"batch"` and `"none"`
-            are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
+            are its other baselines; `"dcpo"` is [DCPO](https://huggingface.co/papers/2603.09117), which has a reward of its
+            own for the confidence. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
         dataset_name (`str`, *optional*):
             Problems: Hub id or `.jsonl` file. If not set, the tiny world's arithmetic.
         problem_column (`str`, *optional*, defaults to `"problem"`):
@@ -164,10 +165,12 @@ def make_trainer(
         )
     if arguments.method in ("rlcr", "grpo"):
         return GRPOTrainer(model, scalar, **shared), tokenizer
-    baseline = "outcome" if arguments.method == "blockwise" else arguments.method
+    baseline = {"blockwise": "outcome", "dcpo": "group"}.get(arguments.method, arguments.method)
     if args.baseline not in ("outcome", baseline):
         raise ValueError(f"`--baseline {args.baseline}`: it follows from `--method {arguments.method}`, leave it out.")
     args.baseline = baseline
+    if arguments.method == "dcpo":
+        args.scale_rewards = "group"
     return BlockwiseGRPOTrainer(model, task.blocks, **shared), tokenizer
 
 
@@ -212,7 +215,7 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
 def main() -> None:
     arguments, args = parse(ScriptArguments, "blockwise_grpo")
     correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
-    task = confidence_task(score=arguments.score, correct=correct)
+    task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
     train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
     scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
     trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)

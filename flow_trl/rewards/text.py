@@ -553,6 +553,72 @@ def bce_reward(
     return rewards
 
 
+def dcpo_reward(
+    completions: Completions,
+    answer: Sequence[str] | None = None,
+    *,
+    prompts: Sequence[Any],
+    correct: Correct = math_correct,
+    strict: bool = False,
+    group_weight: float = 0.5,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    r"""
+    Rewards a confidence q that is near to how often the prompt is answered correctly and to whether it was
+    ([DCPO](https://huggingface.co/papers/2603.09117)),
+
+    $$ r = -\lvert q - (\lambda \bar c + (1 - \lambda) c) \rvert, $$
+
+    with c = 1 if the answer is correct and 0 if not, and \\( \bar c \\) its mean over the completions of the same prompt.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions to score.
+        answer (`list[str]`):
+            The right answers, a column of the data set.
+        prompts (`list`):
+            The prompt of each completion; those that are equal are a group.
+        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
+            `correct(prediction, answer) -> bool`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer and confidence count, and only a plain number is a confidence.
+        group_weight (`float`, *optional*, defaults to `0.5`):
+            The weight \\( \lambda \\) of the group, in [0, 1].
+        log_metric (`Callable`, *optional*):
+            Passed by the trainer. The share of completions without a readable confidence
+            ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
+        kwargs:
+            Not used.
+
+    Returns:
+        `list[float]`: rewards in [-1, 0]; -1, the lowest, without a readable confidence.
+
+    Raises:
+        ValueError: if `group_weight` is not in [0, 1], or if the data set has no column `answer`.
+
+    Example:
+
+    ```python
+    >>> completions = [f"<answer>{a}</answer><confidence>0.5</confidence>" for a in (4, 5)]
+    >>> dcpo_reward(completions, answer=["4", "4"], prompts=["2 + 2?"] * 2)
+    [-0.25, -0.25]
+    ```
+    """
+    if not 0 <= group_weight <= 1:
+        raise ValueError(f"`group_weight={group_weight}`: it must be in [0, 1].")
+    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    groups: dict[str, list[float]] = {}
+    for prompt, ci in zip(prompts, c, strict=True):
+        groups.setdefault(str(prompt), []).append(ci)
+    means = {prompt: sum(values) / len(values) for prompt, values in groups.items()}
+    q = _confidences(completions, log_metric, strict)
+    return [
+        -1.0 if qi is None else 0.0 - abs(qi - group_weight * means[str(prompt)] - (1 - group_weight) * ci)
+        for qi, ci, prompt in zip(q, c, prompts, strict=True)
+    ]
+
+
 def rlcr_reward(
     completions: Completions,
     answer: Sequence[str] | None = None,
