@@ -339,11 +339,22 @@ math_correct.many = partial(_math_correct, strict=False)
 math_correct_strict.many = partial(_math_correct, strict=True)
 
 
+_RATIONAL = re.compile(r"([-+]?)(?:([0-9]+(?:\.[0-9]+)?)|([0-9]+)/([0-9]+)|\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\})")
+
+
 def _same_number(prediction: str, answer: str) -> bool | None:
-    """Whether two plain numbers are the same; `None` where that has to be found out otherwise."""
-    if not all(re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", text) for text in (prediction, answer)):
-        return None
-    if Fraction(prediction) == Fraction(answer):
+    """Whether two plain numbers or fractions are the same; `None` where that has to be found out otherwise."""
+    values = []
+    for text in (prediction, answer):
+        match = _RATIONAL.fullmatch(text)
+        if match is None:
+            return None
+        sign, number, *fractions = match.groups()
+        top, bottom = ([part for part in fractions if part] + ["1", "1"])[:2]
+        if number is None and int(bottom) == 0:
+            return None
+        values.append(Fraction(number or Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1))
+    if values[0] == values[1]:
         return True
     return None if "." in prediction + answer else False
 
@@ -352,7 +363,7 @@ _NUMBER = re.compile(
     r"(?<![\w.,/])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?![0-9])"
 )
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|total)"
+    r"[A-Za-z]\s+is\s+|(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|total)"
     r"\s*(?:is|are|equals|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
@@ -363,7 +374,7 @@ _CHANGING = frozenset(
     approximately approx around roughly nearly almost between exceeds minus negative plus times by divided half third quarter
     double twice triple dozen squared cubed root square cube power factorial percentile or either per hundred hundreds
     thousand million billion trillion k one two three four five six seven eight nine ten eleven twelve if unless maybe
-    perhaps wrong incorrect unknown x y z""".split()
+    perhaps wrong incorrect unknown""".split()
 )
 
 
@@ -373,7 +384,7 @@ def _readings(prediction: str) -> list[str]:
     text = re.sub(r"\\text\{\s*([A-Za-z ]*)\}", r" \1", text) if "\\text" in text else text
     if len(text) > 2 and (text[0], text[-1]) in {('"', '"'), ("'", "'"), ("“", "”")}:
         text = text[1:-1]
-    text = _without_markdown(text.strip().rstrip("!"))
+    text = _without_markdown(text)
     bare = _without_markdown(_LEAD.sub("", text, count=1) if _LEAD.match(text) else text)
     readings = [prediction, text, bare]
     if re.fullmatch(r"[-+]?[0-9]+,[0-9]{1,2}|[-+]?0,[0-9]+", bare):
@@ -385,7 +396,7 @@ def _readings(prediction: str) -> list[str]:
         words = [word.lower() for word in re.findall(r"[^\W\d_]+", f"{before} {after}")]
         signs = set(re.sub(r"[\w\s]", "", before + after)) | set(re.findall(r"[\d_]", before + after))
         if (
-            signs <= set("$€£¥%°.,:;!?'’\"“”-")
+            signs <= set("$€£¥%°.,:;'’\"“”-")
             and not before.rstrip().endswith("-")
             and (unit is None or unit[0].lower() in _UNITS)
             and all(len(word) > 1 or word in ("a", "i") or word in _UNITS for word in words)
