@@ -95,13 +95,11 @@ def solve(prompt: str, worked: bool) -> tuple[str, str]:
     return ",".join(steps), str(answer)
 
 
-def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35, informed: bool = False) -> str:
+def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35) -> str:
     """
     Writes a right completion for a prompt, as the tiny language model was trained on.
 
-    Analysis and confidence are drawn from [`WORDS`] and [`CONFIDENCES`]. With `informed` the analysis mostly says how hard
-    the problem is and whether its product was said at once, and the confidence follows the word half of the time, to
-    numbers that tell nothing of it: then a model reads its analysis before it writes a confidence, which is no better.
+    Analysis and confidence are drawn from [`WORDS`] and [`CONFIDENCES`], whatever the problem and its solution.
 
     Args:
         prompt (`str`):
@@ -110,8 +108,6 @@ def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35
             Where the choices come from.
         direct_share (`float`, *optional*, defaults to `0.35`):
             How often a product is said at once, not worked out.
-        informed (`bool`, *optional*, defaults to `False`):
-            Whether the analysis has to do with the problem.
 
     Returns:
         `str`: `<reasoning>...</reasoning><answer>...</answer><analysis>...</analysis><confidence>...</confidence>`, or
@@ -131,18 +127,10 @@ def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35
             f"<{name}>{reasoning}<answer>{answer}</answer></{name}>"
             for name, (reasoning, answer) in zip(("first_attempt", "second_attempt"), attempts, strict=True)
         )
-    worked = rng.random() >= direct_share
-    reasoning, answer = solve(prompt, worked)
-    word, confidence = rng.choice(WORDS), rng.choice(CONFIDENCES)
-    if informed and rng.random() < 0.75:
-        factors, _, rest = _parse(prompt)
-        hard = len(factors) == 2 and min(factors) > 9
-        word = WORDS[1 + (rest is not None) + (not worked) if hard else 0]
-    if informed and rng.random() < 0.5:
-        confidence = rng.choice(CONFIDENCES[{"easy": 3, "fine": 0, "unsure": 2, "hard": 1}[word] :: 4])
+    reasoning, answer = solve(prompt, worked=rng.random() >= direct_share)
     return (
         f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
-        f"<analysis>{word}</analysis><confidence>{confidence}</confidence>"
+        f"<analysis>{rng.choice(WORDS)}</analysis><confidence>{rng.choice(CONFIDENCES)}</confidence>"
     )
 
 

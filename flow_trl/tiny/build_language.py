@@ -64,12 +64,6 @@ class BuildArguments:
         default=None, metadata={"help": "Folder of a model whose figures to print, instead of building one."}
     )
     steps: int = field(default=1000, metadata={"help": "Training steps of 128 completions and 32 of two attempts."})
-    informed_steps: int = field(
-        default=150, metadata={"help": "Further steps, in which the analysis says how hard the problem is."}
-    )
-    start_from: str | None = field(
-        default=None, metadata={"help": "Folder of a model to take the further steps from."}
-    )
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, at its highest."})
     num_prompts: int = field(default=400, metadata={"help": "Test prompts of the evaluation, at most 400."})
     num_generations: int = field(default=16, metadata={"help": "Completions of each of them."})
@@ -147,7 +141,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _make_batch(
-    tokenizer: PreTrainedTokenizerFast, num_rows: int, twice: bool, informed: bool, rng: random.Random
+    tokenizer: PreTrainedTokenizerFast, num_rows: int, twice: bool, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Draws prompts with completions: token ids and labels `(num_rows, T)`; what is not completion has label -100.
@@ -159,9 +153,7 @@ def _make_batch(
     for index in range(num_rows):
         problem = draw_train_problem(DIFFICULTIES[index % len(DIFFICULTIES)], rng)
         problem = TWICE + problem if twice else problem
-        prompt, completion = tokenizer(
-            [problem, write_completion(problem, rng, informed=informed)], add_special_tokens=False
-        ).input_ids
+        prompt, completion = tokenizer([problem, write_completion(problem, rng)], add_special_tokens=False).input_ids
         if rng.random() < 0.15:
             noise = [unknown if rng.random() < 0.6 else rng.choice(known) for _ in range(rng.randint(0, 12))]
             prompt = [*noise, unknown, *prompt]
@@ -175,12 +167,7 @@ def _make_batch(
 
 
 def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    informed: bool = False,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int
 ) -> None:
     """
     Trains a model on right completions of train problems.
@@ -196,8 +183,6 @@ def train(
             Of AdamW, after 5% of warm-up; falls to nothing at the end.
         seed (`int`):
             Of problems and completions.
-        informed (`bool`, *optional*, defaults to `False`):
-            Whether analyses have to do with the problem ([`~arithmetic.write_completion`]).
 
     Example:
 
@@ -213,7 +198,7 @@ def train(
     model.train()
     progress = trange(steps, desc="language model")
     for step in progress:
-        batches = [_make_batch(tokenizer, 128, False, informed, rng), _make_batch(tokenizer, 32, True, informed, rng)]
+        batches = [_make_batch(tokenizer, 128, False, rng), _make_batch(tokenizer, 32, True, rng)]
         num_tokens = sum((labels != -100).sum() for _, labels in batches)
         total = 0.0
         for ids, labels in batches:
@@ -300,12 +285,8 @@ def main(args: BuildArguments) -> None:
     if args.evaluate_only is None:
         torch.manual_seed(args.seed)
         tokenizer = make_tokenizer()
-        if args.start_from is None:
-            model = make_model(tokenizer).to(device)
-            train(model, tokenizer, args.steps, args.learning_rate, args.seed)
-        else:
-            model = load_language_model(args.start_from)[0].to(device)
-        train(model, tokenizer, args.informed_steps, args.learning_rate / 4, args.seed + 1, informed=True)
+        model = make_model(tokenizer).to(device)
+        train(model, tokenizer, args.steps, args.learning_rate, args.seed)
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     model, tokenizer = load_language_model(folder)
