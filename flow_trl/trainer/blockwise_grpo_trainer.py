@@ -318,8 +318,8 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        names = [block.name for block in self.blocks]
-        with patch.object(grpo_trainer, "print_prompt_completions_sample", partial(print_completions, blocks=names)):
+        blocks = {block.name: block.missing_reward for block in self.blocks}
+        with patch.object(grpo_trainer, "print_prompt_completions_sample", partial(print_completions, blocks=blocks)):
             super().log(logs, start_time)
 
     def _compute_loss(self, model, inputs):

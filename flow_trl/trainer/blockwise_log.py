@@ -104,7 +104,7 @@ def print_completions(
     num_samples: int | None = None,
     extra: dict[str, list[Any]] | None = None,
     *,
-    blocks: Sequence[str],
+    blocks: dict[str, float],
     width: int | None = None,
 ) -> None:
     """
@@ -115,8 +115,8 @@ def print_completions(
     Args:
         prompts, completions, rewards, advantages, step, num_samples, extra:
             As TRL passes them. Of `extra`, each block's `text`, `reward` and `advantage` are used.
-        blocks (`Sequence[str]`):
-            Names of the blocks.
+        blocks (`dict[str, float]`):
+            Names of the blocks, and what each counts where it is missing.
         width (`int`, *optional*):
             Width in characters; by default the terminal's.
     """
@@ -140,8 +140,10 @@ def print_completions(
             prompts[i] if isinstance(prompts[i], str) else completion_text([{"content": prompts[i][-1]["content"]}])
         )
         texts = [prompt, *((extra[f"{name}/text"][i] or "(missing)") for name in blocks)]
-        numbers = [(extra[f"{name}/reward"][i], extra[f"{name}/advantage"][i]) for name in blocks]
-        numbers = [(sum(reward for reward, _ in numbers if reward == reward), advantages[i]), *numbers]
+        own = [extra[f"{name}/reward"][i] for name in blocks]
+        own = [blocks[name] if reward != reward else reward for name, reward in zip(blocks, own, strict=True)]
+        numbers = [(sum(own), advantages[i])]
+        numbers += [(reward, extra[f"{name}/advantage"][i]) for name, reward in zip(blocks, own, strict=True)]
         table.add_row(*(Text(_shorten(text, longest)) for text in texts))
         table.add_row(
             *(Text(f"reward {reward:.2f}\nadvantage {advantage:+.2f}", style="bold") for reward, advantage in numbers),
