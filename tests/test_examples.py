@@ -95,7 +95,7 @@ SMALL = ["--max_steps", "2", "--eval_size", "8", "--eval_samples", "4", "--num_g
 SMALL += ["--per_device_train_batch_size", "16", "--warmup_steps", "0", "--learning_rate", "1e-3"]
 
 
-@pytest.mark.parametrize("method", ["blockwise", "rlcr"])
+@pytest.mark.parametrize("method", ["blockwise", "dcpo", "rlcr"])
 def test_blockwise_grpo(tmp_path, method):
     output = run("blockwise_grpo.py", "--method", method, "--output_dir", str(tmp_path), *SMALL)
     rows = rows_of(output)
@@ -112,7 +112,7 @@ def test_blockwise_grpo(tmp_path, method):
     assert rows["majority"] == [f"{results['after']['majority']:.3f} ± {results['after']['majority_se']:.3f}"]
     assert Image.open(tmp_path / "reliability_diagram.png").width > 500
     load_language_model(tmp_path)
-    assert ("2602.10231" in ModelCard.load(tmp_path / "README.md").text) == (method == "blockwise")
+    assert ("2602.10231" in ModelCard.load(tmp_path / "README.md").text) == (method != "rlcr")
 
 
 @pytest.mark.parametrize("method", ["group", "grpo"])

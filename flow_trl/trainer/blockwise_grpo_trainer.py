@@ -3,6 +3,7 @@
 import textwrap
 from collections import Counter
 from functools import partial
+from itertools import compress
 from typing import Any
 from unittest.mock import patch
 
@@ -190,13 +191,11 @@ class BlockwiseGRPOTrainer(GRPOTrainer):
         self._require_finite(rewards_per_func)
         outcomes = self._calculate_outcomes(inputs, prompts, completions, completion_ids_list)
 
-        lengths = [
-            [
-                sum(own for own, block in zip(mask, completion.block_index, strict=True) if block == k)
-                for k in range(len(names))
-            ]
-            for completion, mask in zip(parsed, own_tokens, strict=True)
+        owners = [
+            completion.block_index if all(own) else list(compress(completion.block_index, own))
+            for completion, own in zip(parsed, own_tokens, strict=True)
         ]
+        lengths = [[owner.count(k) for k in range(len(names))] for owner in owners]
         present = [[text is not None for text in completion.texts] for completion in parsed]
         complete = [list(map(Block.is_complete, self.blocks, completion.texts)) for completion in parsed]
         statistics = gather(

@@ -224,7 +224,7 @@ def test_metrics_and_completions_table(tmp_path):
         assert logged["confidence/advantage"] == pytest.approx(expected[1], abs=1e-6)
         assert logged["advantage"] == pytest.approx(sum(expected), abs=1e-6)
         assert logged["confidence/outcome"] == str(row["outcome"])
-        assert (logged["confidence/text"] is None) == (row["blocks"][1] is None)
+        assert pd.isna(logged["confidence/text"]) == (row["blocks"][1] is None)
         assert logged["solution/reward"] == pytest.approx(row["rewards"][0])
         assert pd.isna(logged["confidence/reward"]) == (row["rewards"][1] is None)
 
