@@ -40,7 +40,7 @@ from flow_trl.prompts import split_prompts
 from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
-METHODS = ("blockwise", "group", "batch", "none", "rlcr", "grpo")
+METHODS = ("blockwise", "group", "batch", "none", "dcpo", "rlcr", "grpo")
 
 
 @dataclass
@@ -52,7 +52,8 @@ class TaskArguments(TextArguments):
     Args:
         method (`str`, *optional*, defaults to `"blockwise"`):
             `"blockwise"` compares later blocks after beginnings of the same outcome; `"group"`, `"batch"` and `"none"`
-            are its other baselines. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
+            are its other baselines; `"dcpo"` is [DCPO](https://huggingface.co/papers/2603.09117), which has a reward of its
+            own for the confidence. `"rlcr"` and `"grpo"` are TRL's GRPO with one reward for the whole completion.
         eval_samples (`int`, *optional*, defaults to `16`):
             Completions sampled for each held-out problem.
         eval_batch_size (`int`, *optional*, defaults to `64`):
@@ -148,10 +149,12 @@ def make_trainer(
         trainer = GRPOTrainer(model, scalar, **shared)
         use_console(trainer)
         return trainer, tokenizer
-    baseline = "outcome" if arguments.method == "blockwise" else arguments.method
+    baseline = {"blockwise": "outcome", "dcpo": "group"}.get(arguments.method, arguments.method)
     if args.baseline not in ("outcome", baseline):
         raise ValueError(f"`--baseline {args.baseline}`: it follows from `--method {arguments.method}`, leave it out.")
     args.baseline = baseline
+    if arguments.method == "dcpo":
+        args.scale_rewards = "group"
     return BlockwiseGRPOTrainer(model, task.blocks, **shared), tokenizer
 
 
@@ -191,7 +194,7 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
 def main() -> None:
     arguments, args = parse(ScriptArguments, "blockwise_grpo")
     correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
-    task = confidence_task(score=arguments.score, correct=correct)
+    task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
     train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
     scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
     trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)

@@ -1,11 +1,21 @@
 """Blocks of a completion: how they are found in its text, and which tokens belong to which."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from math import isfinite
 from typing import Any, NamedTuple
+
+import regex
+
+
+logger = logging.getLogger(__name__)
+
+PATTERN_SECONDS = 0.2  # for a pattern in a completion
+_OUTSIDE = "\x00"  # stands for a character that the model did not write
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,9 @@ class Block:
     between and after blocks belongs to the block before it, and at the beginning to the first block.
 
     The **first block** therefore always has tokens, whether its tags are there or not, and its reward always counts.
-    A **later block** that is missing has no tokens and no advantage, and its reward is left out of every baseline. Only
-    the logged mean `blocks/<name>/reward` counts it, with `missing_reward`. So nothing in a later block's own reward
-    makes the model write it: reward the format in the first block.
+    A **later block** that is missing has no tokens and no advantage, and its reward is left out of its baseline. It
+    counts `missing_reward` in every logged reward, and, unless `BlockwiseGRPOConfig(charge_missing=False)` (the paper's
+    setting), in the training reward of the block before it, which could have gone on to it.
 
     Args:
         name (`str`):
@@ -35,7 +45,11 @@ class Block:
             it ends where the next block begins. They should be ordinary tokens: TRL takes special tokens out of the
             completions that reward functions get.
         pattern (`str`, *optional*):
-            Instead of `tags`: a regular expression that matches the block (`.` matches newlines as well).
+            Instead of `tags`: a regular expression that matches the block (`.` matches newlines as well). Where it
+            takes longer than a fifth of a second, the block counts as missing, with a warning.
+        occurrence (`str`, *optional*, defaults to `"last"`):
+            Which counts of several, as after an echo of the instruction or a correction: `"last"` or `"first"`. The last
+            one before the next block; what was taken back belongs to the block as well.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function; by default 1.
         outcome (`Callable`, *optional*):
@@ -46,7 +60,7 @@ class Block:
         weight (`float`, *optional*, defaults to `1.0`):
             Weight w of the block in the loss.
         missing_reward (`float`, *optional*, defaults to `-1.0`):
-            What a completion without the block counts in the logged mean reward of the block (a later block).
+            What a completion without the block counts (a later block).
 
     Raises:
         ValueError: if a field does not fit; the message names it and what would work.
@@ -68,11 +82,12 @@ class Block:
     reward_funcs: Callable | list[Callable]
     tags: str | tuple[str, ...] | None = None
     pattern: str | None = None
+    occurrence: str = "last"
     reward_weights: list[float] | None = None
     outcome: Callable | None = None
     weight: float = 1.0
     missing_reward: float = -1.0
-    _regex: re.Pattern = field(init=False, repr=False, compare=False)
+    _regex: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not self.name or not isinstance(self.name, str):
@@ -86,6 +101,12 @@ class Block:
         weights = [1.0] * len(funcs) if self.reward_weights is None else list(self.reward_weights)
         if len(weights) != len(funcs):
             raise ValueError(f"{where}`reward_weights` has {len(weights)} values for {len(funcs)} reward functions.")
+        if not all(isfinite(weight) for weight in weights):
+            raise ValueError(f"{where}`reward_weights={weights}`: they must be finite.")
+        if not isfinite(self.missing_reward):
+            raise ValueError(f"{where}`missing_reward={self.missing_reward}`: it must be finite.")
+        if self.occurrence not in ("first", "last"):
+            raise ValueError(f'{where}`occurrence={self.occurrence!r}`: it must be "first" or "last".')
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"{where}`weight={self.weight}`: it must be at least 0 and finite.")
         if self.outcome is not None and not callable(self.outcome):
@@ -97,15 +118,20 @@ class Block:
             raise ValueError(f"{where}pass either `tags` or `pattern`; got {self.tags!r} and {self.pattern!r}.")
         if self.tags is None:
             try:
-                regex = re.compile(self.pattern, re.DOTALL)
-                empty = regex.match("")
-            except (re.error, TypeError, ValueError) as error:
+                if not isinstance(self.pattern, str):
+                    raise TypeError("it must be a string")
+                empty = re._parser.parse(self.pattern, re.DOTALL).getwidth()[0] == 0
+                compiled = regex.compile(self.pattern, regex.DOTALL)
+            except (re.error, regex.error, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{where}`pattern={self.pattern!r}` is not a regular expression ({error}). "
                     "Escape literal text with `re.escape`."
                 ) from error
             if empty:
-                raise ValueError(f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do.")
+                raise ValueError(
+                    f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do, and no token "
+                    "would be in the block. Let it match at least one character."
+                )
             tags = None
         else:
             tags = tuple(self.tags) if isinstance(self.tags, list | tuple) else (self.tags,)
@@ -114,17 +140,70 @@ class Block:
                     f"{where}`tags={self.tags!r}`: pass the names of tags without brackets, such as "
                     '("reasoning", "answer").'
                 )
+            if len(set(tags)) < len(tags):
+                raise ValueError(f"{where}`tags={self.tags!r}`: name each tag once.")
             opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
             closing = re.escape(f"</{tags[-1]}>")
             # The whole block if it is closed, else its opening tag.
-            regex = re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
+            compiled = re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
         for attribute, value in (
             ("reward_funcs", list(funcs)),
             ("reward_weights", weights),
             ("tags", tags),
-            ("_regex", regex),
+            ("_regex", compiled),
         ):
             object.__setattr__(self, attribute, value)
+
+    def _search(self, text: str, position: int, later: Sequence["Block"]) -> tuple[int, int, bool] | None:
+        """The first occurrence from a position on: its start, its end and whether it is closed."""
+        if self.tags is None:
+            try:
+                match = self._regex.search(text, position, timeout=PATTERN_SECONDS)
+            except TimeoutError:
+                _warn_of_slow_pattern(self.name, self.pattern)
+                match = None
+            return match and (*match.span(), True)
+        match = self._regex.search(text, position)
+        if match is None:
+            return None
+        start, end = match.span()
+        opening = text[start : text.index(">", start) + 1]
+        if match["rest"] is not None:
+            # Opened again after another block's beginning, the first one was left open.
+            again = text.rfind(opening, start + 1, end)
+            others = [text.find(f"<{tag}>", start, again) for block in later for tag in block.tags or ()]
+            if again < 0 or max(others, default=-1) < 0:
+                return start, end, True
+        return start, start + len(opening), False
+
+    def is_complete(self, text: str | None) -> bool:
+        """
+        Says whether the text of a block, as it was found, has the block's end: its last closing tag.
+
+        Args:
+            text (`str` or `None`):
+                Text of the block; `None` if it is missing.
+
+        Returns:
+            `bool`: whether it is there and complete. What a pattern found always is.
+
+        Example:
+
+        ```python
+        >>> Block("answer", len, tags="answer").is_complete("<answer>4")
+        False
+        ```
+        """
+        return text is not None and (self.tags is None or text.endswith(f"</{self.tags[-1]}>"))
+
+
+@cache  # once
+def _warn_of_slow_pattern(name: str, pattern: str) -> None:
+    logger.warning(
+        f"Block {name!r}: `pattern={pattern!r}` took longer than {PATTERN_SECONDS} s in a completion, in which the block "
+        "counts as missing. Nested repetitions such as `(a+)+` take time that doubles with each character: write the "
+        "pattern without them, or use `tags`."
+    )
 
 
 class ParsedCompletion(NamedTuple):
@@ -196,24 +275,41 @@ def find_blocks(text: str, blocks: Sequence[Block]) -> list[tuple[int, int] | No
     [(0, 18), (19, 47)]
     ```
     """
-    matches, position = [], 0
-    for block in blocks:
-        match = block._regex.search(text, position)
-        matches.append(match)
-        position = match.end() if match else position
+    found = _search_all(text, blocks, 0)
+    starts = [match[0] if match else None for match in found]
+    for k, block in enumerate(blocks):
+        if found[k] is None or block.occurrence == "first":
+            continue
+        while True:
+            later = _search_all(text, blocks[k:], found[k][1])
+            if any(old and (new is None or old[2] > new[2]) for old, new in zip(found[k:], later, strict=True)):
+                break
+            found[k:] = later
+            starts[k + 1 :] = [match[0] if match else None for match in later[1:]]
     spans: list[tuple[int, int] | None] = []
     following = len(text)
-    for block, match in zip(reversed(blocks), reversed(matches), strict=True):
+    for start, match in zip(reversed(starts), reversed(found), strict=True):
         if match is None:
             spans.append(None)
             continue
-        truncated = block.tags is not None and match["rest"] is None
-        spans.append((match.start(), following if truncated else match.end()))
-        following = match.start()
+        spans.append((start, match[1] if match[2] else following))
+        following = start
     return spans[::-1]
 
 
-def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenizer: Any) -> ParsedCompletion:
+def _search_all(text: str, blocks: Sequence[Block], position: int) -> list[tuple[int, int, bool] | None]:
+    """The first occurrence of each block after that of the one before."""
+    found = []
+    for k, block in enumerate(blocks):
+        match = block._search(text, position, blocks[k + 1 :])
+        found.append(match)
+        position = match[1] if match else position
+    return found
+
+
+def parse_completion(
+    token_ids: Sequence[int], blocks: Sequence[Block], tokenizer: Any, mask: Sequence[int] | None = None
+) -> ParsedCompletion:
     """
     Finds the blocks of a generated completion and says which token belongs to which.
 
@@ -228,6 +324,9 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
             What to look for.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Decodes the tokens. Special tokens are kept, so tags may be special tokens.
+        mask (`Sequence[int]` of length `T`, *optional*):
+            0 for tokens that the model did not write, such as a tool's result: tags in them do not count, and
+            `texts` leave them out.
 
     Returns:
         [`ParsedCompletion`]: `block_index` with each token in exactly one block, and `texts`.
@@ -247,7 +346,6 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
     else:
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = decode(token_ids)
-    spans = find_blocks(text, blocks)
 
     def first_character(token: int) -> int:
         # A prefix that ends within a character decodes to something that the text does not hold, with byte fallback
@@ -260,6 +358,15 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
             longest = max(longest, len(os.path.commonprefix([text, prefix])))
         return longest
 
+    own = text
+    if mask is not None and not all(mask):
+        edges = [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
+        places = [0, *map(first_character, edges), len(text)]
+        own = "".join(
+            text[start:end] if mask[token] else _OUTSIDE * (end - start)
+            for token, start, end in zip([0, *edges], places, places[1:], strict=False)
+        )
+    spans = find_blocks(own, blocks)
     block_index = [0] * len(token_ids)
     for number, span in enumerate(spans[1:], 1):
         if span is None:
@@ -277,4 +384,7 @@ def parse_completion(token_ids: Sequence[int], blocks: Sequence[Block], tokenize
             ends = range(low, min(low + 2, len(token_ids)) + 1)
             low = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=low)
         block_index[low:] = [number] * (len(token_ids) - low)
-    return ParsedCompletion(block_index, [None if span is None else text[slice(*span)] for span in spans])
+    texts = [None if span is None else own[slice(*span)] for span in spans]
+    if own is not text:
+        texts = [text and text.replace(_OUTSIDE, "") for text in texts]
+    return ParsedCompletion(block_index, texts)

@@ -7,6 +7,7 @@ come from elsewhere. [`reliability_diagram`] draws what was found.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 
 from .rewards.text import (
-    ATTEMPT_TAGS,
     completion_text,
     confidence_format_reward,
     correctness_reward,
-    extract_tag,
     math_correct,
     parse_confidence,
+    read_answer,
+    read_attempts,
     two_attempts_format_reward,
 )
 from .utils import import_extra
@@ -39,6 +40,8 @@ from .utils import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
 Correct = Callable[[str | None, str], bool]
@@ -248,6 +251,7 @@ def score_confidence(
     resample_prompts: bool = False,
     num_resamples: int = 1000,
     seed: int = 0,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """
     Scores completions with the layout
@@ -276,6 +280,8 @@ def score_confidence(
             Number of bootstrap resamples, at least 2.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
+        strict (`bool`, *optional*, defaults to `False`):
+            How answers and confidences are read ([`~rewards.text.parse_confidence`]).
 
     Returns:
         `dict`: numbers in [0, 1], and the bins. What is a score has its standard error beside it as `{name}_se`.
@@ -287,6 +293,7 @@ def score_confidence(
           [`~rewards.text.brier_reward`]. No standard error.
         - `pass@{k}`, `majority`, `highest_confidence`, `weighted_majority`: standard errors over prompts.
         - `unparsable`: share of completions without a readable confidence. No standard error.
+        - `num_completions`, `num_confidences`: how many there are, and how many have a readable confidence.
         - `format`: share of completions with exactly the layout. No standard error.
         - `bins`: what [`reliability_diagram`] draws.
 
@@ -305,14 +312,9 @@ def score_confidence(
     ```
     """
     texts = _texts(completions, answers)
-    right = np.array(
-        [
-            outcome
-            for row, answer in zip(texts, answers, strict=True)
-            for outcome in correctness_reward(row, [answer] * len(row), correct=correct)
-        ]
-    )
-    confidences = [[parse_confidence(text) for text in row] for row in texts]
+    each = [answer for row, answer in zip(texts, answers, strict=True) for _ in row]
+    right = np.array(correctness_reward([text for row in texts for text in row], each, correct=correct, strict=strict))
+    confidences = [[parse_confidence(text, strict) for text in row] for row in texts]
     flat = [confidence for row in confidences for confidence in row]
     stated = np.array([confidence is not None for confidence in flat])
     ends = np.cumsum([len(row) for row in texts])
@@ -337,13 +339,19 @@ def score_confidence(
 
     smallest = min(len(row) for row in texts)
     results |= _load_metric("confidence_voting").compute(
-        predictions=[_merge([extract_tag(text, "answer") for text in row], correct) for row in texts],
+        predictions=[_merge([read_answer(text, strict) for text in row], correct) for row in texts],
         references=[str(answer) for answer in answers],
         confidences=confidences,
         correct=np.split(right, ends[:-1]),
         k=[2**power for power in range(smallest.bit_length())] if k is None else k,
     )
     results["unparsable"] = 1 - stated.mean().item()
+    results |= {"num_completions": len(stated), "num_confidences": int(stated.sum())}
+    if 2 * stated.sum() < len(stated):
+        logger.warning(
+            f"Only {stated.sum()} of {len(stated)} completions have a readable confidence: AUROC, Brier score and ECE say "
+            "nothing of the others."
+        )
     results["format"] = float(np.mean([score for row in texts for score in confidence_format_reward(row)]))
     results["bins"] = calibration["bins"]
     return results
@@ -447,7 +455,7 @@ def score_two_attempts(
     """
     shares = {}
     for row, answer in zip(_texts(completions, answers), answers, strict=True):
-        pairs = [[extract_tag(extract_tag(text, tag) or "", "answer") for tag in ATTEMPT_TAGS] for text in row]
+        pairs = [read_attempts(text) for text in row]
         c_1, c_2 = np.array([[float(correct(attempt, answer)) for attempt in pair] for pair in pairs]).T
         scores = {
             "first_accuracy": c_1,
@@ -474,7 +482,8 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
     """
     Draws accuracy against confidence, bin by bin, and below how many samples each bin holds.
 
-    On the diagonal accuracy and confidence agree; below it the model is too sure.
+    On the diagonal accuracy and confidence agree; below it the model is too sure. Where not all completions have a
+    confidence, the legend says how many have.
 
     Args:
         results (`dict`):
@@ -503,7 +512,9 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
     for i, (name, curve) in enumerate(curves.items()):
         bins = {key: np.asarray(values, dtype=float) for key, values in curve["bins"].items()}
         filled = bins["count"] > 0
-        label = f"{name} (ECE {curve['ece']:.3f})" if name else f"ECE {curve['ece']:.3f}"
+        stated, total = int(bins["count"].sum()), curve.get("num_completions")
+        ece = f"ECE {curve['ece']:.3f}" + (f", of {stated} of {total}" if total not in (None, stated) else "")
+        label = f"{name} ({ece})" if name else ece
         upper.plot(bins["confidence"][filled], bins["accuracy"][filled], marker="o", markersize=4, label=label)
         width = 0.09 / len(curves)
         lower.bar(bins["lower"] + 0.005 + i * width, bins["count"], width, align="edge")

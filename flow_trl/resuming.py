@@ -34,7 +34,7 @@ REFUSED = set("""
     use_adaptive_entropy use_bias_correction_kl use_critic vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
     vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_structured_outputs_regex weight_decay baseline
-    base_weights blocks scheduler train_dataset trainer
+    base_weights blocks charge_missing scheduler train_dataset trainer
 """.split())  # fmt: skip
 """Changes what is trained: a run that goes on has the same value, or is refused."""
 

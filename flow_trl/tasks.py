@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .blocks import Block
 from .rewards.text import (
@@ -11,9 +11,11 @@ from .rewards.text import (
     brier_reward,
     confidence_format_reward,
     correctness_reward,
+    dcpo_reward,
     exact_match,
     first_attempt_reward,
     math_correct,
+    math_correct_strict,
     rlcr_reward,
     second_attempt_reward,
     two_attempts_format_reward,
@@ -45,8 +47,12 @@ not, keep the result. Then give it: <answer>result</answer></second_attempt>
 
 Within <answer> write only the final result, without words or explanation."""
 
-CORRECT: dict[str, Callable[[str | None, str], bool]] = {"exact": exact_match, "math": math_correct}
-SCORES = {"bce": bce_reward, "brier": brier_reward}
+CORRECT: dict[str, Callable[[str | None, str], bool]] = {
+    "exact": exact_match,
+    "math": math_correct,
+    "math_strict": math_correct_strict,
+}
+SCORES = {"bce": bce_reward, "brier": brier_reward, "dcpo": dcpo_reward}
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,10 @@ class Task:
 
 def confidence_task(
     *,
-    score: Literal["brier", "bce"] = "brier",
-    correct: Literal["math", "exact"] | Callable[[str | None, str], bool] = "math",
+    score: Literal["brier", "bce", "dcpo"] = "brier",
+    correct: Literal["math", "math_strict", "exact"] | Callable[[str | None, str], bool] = "math",
     format_weight: float = 0.0,
+    strict: bool = False,
 ) -> Task:
     """
     Solve a problem, then say how likely the solution is to be right ([Blockwise Advantage
@@ -184,19 +191,24 @@ def confidence_task(
 
     The block `solution` (`<reasoning>`, `<answer>`) is rewarded for being correct, the block `confidence` (`<analysis>`,
     `<confidence>`) by a proper scoring rule; its outcome is whether the solution is correct. The scalar baseline is
-    [`~rewards.text.rlcr_reward`], or, for `score="bce"`, the sum of correctness and score.
+    [`~rewards.text.rlcr_reward`], or, for other scores, the sum of correctness and score.
 
     Args:
         score (`str`, *optional*, defaults to `"brier"`):
-            Scoring rule for the confidence: `"brier"` ([`~rewards.text.brier_reward`]) or `"bce"`
-            ([`~rewards.text.bce_reward`]).
+            Score of the confidence: `"brier"` ([`~rewards.text.brier_reward`]), `"bce"` ([`~rewards.text.bce_reward`]) or
+            `"dcpo"` ([`~rewards.text.dcpo_reward`]; [DCPO](https://huggingface.co/papers/2603.09117) with
+            `BlockwiseGRPOConfig(baseline="group", scale_rewards="group")`).
         correct (`str` or `Callable`, *optional*, defaults to `"math"`):
-            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"exact"`
-            ([`~rewards.text.exact_match`]) or a function `correct(prediction, answer) -> bool`.
+            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"math_strict"`
+            ([`~rewards.text.math_correct_strict`]), `"exact"` ([`~rewards.text.exact_match`]) or a function
+            `correct(prediction, answer) -> bool`.
         format_weight (`float`, *optional*, defaults to `0.0`):
             Weight of [`~rewards.text.confidence_format_reward`] in the first block and in the baseline, at least 0.
-            Nothing else rewards a model for writing the second block at all: raise it, to 0.1 say, for a model whose
-            `blocks/confidence/found` is not near 1.
+            What makes a model write the second block is that without it the first one is charged its `missing_reward`
+            (`BlockwiseGRPOConfig(charge_missing=True)`); this wants the exact layout too.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to read as the paper's setting does, with `"math"` standing for `"math_strict"`: the first block of
+            several and the first answer count, and nothing but the bare expression or number.
 
     Returns:
         [`Task`]: the task.
@@ -214,16 +226,28 @@ def confidence_task(
     """
     if score not in SCORES:
         raise ValueError(f"`score={score!r}`: it must be {' or '.join(map(repr, SCORES))}.")
-    correct = _correct_function(correct)
-    correctness, scoring = partial(correctness_reward, correct=correct), partial(SCORES[score], correct=correct)
+    reading = _reading(correct, strict)
+    correctness, scoring = partial(correctness_reward, **reading), partial(SCORES[score], **reading)
     solution, solution_weights = _with_format([correctness], confidence_format_reward, format_weight)
-    scalar = [partial(rlcr_reward, correct=correct)] if score == "brier" else [correctness, scoring]
+    scalar = [partial(rlcr_reward, **reading)] if score == "brier" else [correctness, scoring]
     scalar, scalar_weights = _with_format(scalar, confidence_format_reward, format_weight)
     return Task(
         system_prompt=CONFIDENCE_SYSTEM_PROMPT,
         blocks=[
-            Block("solution", solution, tags=("reasoning", "answer"), reward_weights=solution_weights),
-            Block("confidence", scoring, tags=("analysis", "confidence"), outcome=correctness),
+            Block(
+                "solution",
+                solution,
+                tags=("reasoning", "answer"),
+                reward_weights=solution_weights,
+                occurrence=_occurrence(strict),
+            ),
+            Block(
+                "confidence",
+                scoring,
+                tags=("analysis", "confidence"),
+                outcome=correctness,
+                occurrence=_occurrence(strict),
+            ),
         ],
         scalar_reward_funcs=scalar,
         scalar_reward_weights=scalar_weights,
@@ -232,8 +256,9 @@ def confidence_task(
 
 def two_attempt_task(
     *,
-    correct: Literal["math", "exact"] | Callable[[str | None, str], bool] = "math",
+    correct: Literal["math", "math_strict", "exact"] | Callable[[str | None, str], bool] = "math",
     format_weight: float = 0.0,
+    strict: bool = False,
 ) -> Task:
     """
     Solve a problem, then try again ([Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231)).
@@ -244,12 +269,16 @@ def two_attempt_task(
 
     Args:
         correct (`str` or `Callable`, *optional*, defaults to `"math"`):
-            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"exact"`
-            ([`~rewards.text.exact_match`]) or a function `correct(prediction, answer) -> bool`.
+            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"math_strict"`
+            ([`~rewards.text.math_correct_strict`]), `"exact"` ([`~rewards.text.exact_match`]) or a function
+            `correct(prediction, answer) -> bool`.
         format_weight (`float`, *optional*, defaults to `0.0`):
             Weight of [`~rewards.text.two_attempts_format_reward`] in the first block and in the baseline, at least 0.
-            Nothing else rewards a model for writing the second block at all: raise it, to 0.1 say, for a model whose
-            `blocks/second_attempt/found` is not near 1.
+            What makes a model write the second block is that without it the first one is charged its `missing_reward`
+            (`BlockwiseGRPOConfig(charge_missing=True)`); this wants the exact layout too.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to read as the paper's setting does, with `"math"` standing for `"math_strict"`: the first block of
+            several and the first answer count, and nothing but the bare expression or number.
 
     Returns:
         [`Task`]: the task.
@@ -265,19 +294,35 @@ def two_attempt_task(
     ['first_attempt', 'second_attempt']
     ```
     """
-    correct = _correct_function(correct)
-    first, second = partial(first_attempt_reward, correct=correct), partial(second_attempt_reward, correct=correct)
+    reading = _reading(correct, strict)
+    first, second = partial(first_attempt_reward, **reading), partial(second_attempt_reward, **reading)
     first_rewards, first_weights = _with_format([first], two_attempts_format_reward, format_weight)
     scalar, scalar_weights = _with_format([first, second], two_attempts_format_reward, format_weight)
     return Task(
         system_prompt=TWO_ATTEMPTS_SYSTEM_PROMPT,
         blocks=[
-            Block("first_attempt", first_rewards, tags="first_attempt", reward_weights=first_weights),
-            Block("second_attempt", second, tags="second_attempt", outcome=first),
+            Block(
+                "first_attempt",
+                first_rewards,
+                tags="first_attempt",
+                reward_weights=first_weights,
+                occurrence=_occurrence(strict),
+            ),
+            Block("second_attempt", second, tags="second_attempt", outcome=first, occurrence=_occurrence(strict)),
         ],
         scalar_reward_funcs=scalar,
         scalar_reward_weights=scalar_weights,
     )
+
+
+def _occurrence(strict: bool) -> str:
+    return "first" if strict else "last"
+
+
+def _reading(correct: str | Callable, strict: bool) -> dict[str, Any]:
+    """How reward functions read: their arguments `correct` and `strict`."""
+    correct = _correct_function("math_strict" if strict and correct == "math" else correct)
+    return {"correct": correct, "strict": True} if strict else {"correct": correct}
 
 
 def _correct_function(correct: str | Callable) -> Callable[[str | None, str], bool]:
@@ -287,7 +332,7 @@ def _correct_function(correct: str | Callable) -> Callable[[str | None, str], bo
             f"`correct={correct!r}`: it must be {', '.join(map(repr, CORRECT))} or a function "
             "`correct(prediction, answer) -> bool`."
         )
-    if function is math_correct:  # now, not at the first reward
+    if function in (math_correct, math_correct_strict):  # now, not at the first reward
         import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
     return function
 

@@ -5,6 +5,7 @@ import functools
 import pickle
 import random
 import re
+import time
 
 import pytest
 from transformers import ByT5Tokenizer
@@ -15,7 +16,7 @@ from tests import text_models
 
 
 def tagged(*names):
-    return [Block("-".join(name.split()), len, tags=tuple(name.split())) for name in names]
+    return [Block("-".join(name.split()), len, tags=tuple(name.split()), occurrence="first") for name in names]
 
 
 SOLUTION = tagged("reasoning answer", "analysis confidence")
@@ -491,12 +492,84 @@ def test_nothing_was_generated():
         assert parse_completion([], PLAIN, tokenizer_of(name)) == ([], [None, None])
 
 
+# Which of several
+
+LAST = [
+    Block("solution", len, tags=("reasoning", "answer")),
+    Block("confidence", len, tags=("analysis", "confidence")),
+]
+ANSWER, SURE = "<answer>{}</answer>", "<confidence>{}</confidence>"
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        # an echo of the instruction, thinking aloud, corrections
+        "⟦0<answer>result</answer><analysis>a</analysis><confidence>q</confidence> So: <answer>4</answer>⟧⟦1<confidence>1</confidence>⟧",
+        "⟦0<reasoning>r</reasoning><answer>5</answer> no: <answer>4</answer>⟧ ⟦1<confidence>1</confidence>⟧",
+        "⟦0<answer>4</answer>⟧⟦1<confidence>1</confidence> rather <confidence>0.5</confidence>⟧",
+        "⟦0<answer>4</answer>⟧⟦1<confidence>1</confidence>⟧<answer>5</answer>",
+        "⟦0<answer>4</answer>⟧⟦1<confidence>1</confidence>⟧ <confidence>0.",
+        "⟦0<answer>4</answer>⟧<answer>5⟦1<confidence>1</confidence>⟧",
+        "⟦0<answer>4 ⟧⟦1<confidence>1⟧",
+        "<confidence>1</confidence>⟦0<answer>4</answer>⟧",
+        "so it is 4",
+    ],
+)
+def test_the_last_of_several(marked):
+    text, spans = unmark(marked, 2)
+    assert find_blocks(text, LAST) == spans
+
+
+def test_a_block_that_was_left_open_does_not_swallow_the_next():
+    text, spans = unmark("⟦0<a>1 ⟧⟦1<b>2</b>⟧ <a>3</a>", 2)
+    for occurrence in ("first", "last"):
+        blocks = [dataclasses.replace(block, occurrence=occurrence) for block in tagged("a", "b")]
+        assert find_blocks(text, blocks) == spans
+
+
+def test_complete_blocks():
+    block = LAST[0]
+    assert block.is_complete("<reasoning>r</reasoning><answer>4</answer>")
+    assert not any(map(block.is_complete, (None, "<reasoning>r</reasoning>", "<answer>4", "<reasoning>r")))
+    assert Block("all", len, pattern=".+").is_complete("anything")
+
+
+def test_a_pattern_has_a_time_limit(caplog):
+    blocks = [Block("slow", len, pattern="(a|aa|aaa)+b"), Block("end", len, tags="end")]
+    start = time.perf_counter()
+    for _ in range(2):
+        assert find_blocks("a" * 100 + "<end></end>", blocks) == [None, (100, 111)]
+    assert time.perf_counter() - start < 5
+    assert caplog.text.count("counts as missing") == 1
+    assert find_blocks("aab", blocks[:1]) == [(0, 3)]
+
+
+# Tokens that the model did not write
+
+
+def test_tags_of_a_tool_do_not_count():
+    parts = [("<reasoning>r</reasoning>", 1), ("<answer>9</answer><confidence>1</confidence>", 0), ("<answer>4", 1),
+             ("</answer>", 1), ("<confidence>0.2", 1), ("</confidence> no", 0), ("</confidence>", 1)]  # fmt: skip
+    for name in ("byte-level", "added tags", "prefix space", "bytes"):
+        ids = [encode(name, part) for part, _ in parts]
+        mask = [own for row, (_, own) in zip(ids, parts, strict=True) for _ in row]
+        block_index, texts = parse_completion(sum(ids, []), LAST, tokenizer_of(name), mask)
+        joined = [text.replace(" ", "") for text in texts]  # prefix space writes one before each part
+        assert joined == ["<reasoning>r</reasoning><answer>4</answer>", "<confidence>0.2</confidence>"], name
+        before = sum(map(len, ids[:4]))
+        assert name == "prefix space" or block_index == [0] * before + [1] * (len(block_index) - before)
+        assert parse_completion(sum(ids, []), LAST, tokenizer_of(name), [1] * len(mask)) == parse_completion(
+            sum(ids, []), LAST, tokenizer_of(name)
+        )
+
+
 # Random completions
 
 
 def slow_find_blocks(text, tags):
     found, position = [], 0
-    for names in tags:
+    for k, names in enumerate(tags):
         opening = [(text.find(f"<{name}>", position), len(name) + 2) for name in names]
         opening = min((begin, length) for begin, length in [*opening, (len(text) + 1, 0)] if begin >= 0)
         if opening[0] > len(text):
@@ -504,6 +577,9 @@ def slow_find_blocks(text, tags):
             continue
         position = sum(opening)
         close = text.find(f"</{names[-1]}>", position)
+        again = text.rfind(text[opening[0] : position], position, max(close, 0))
+        if any(f"<{name}>" in text[position : max(again, 0)] for later in tags[k + 1 :] for name in later):
+            close = -1  # it was left open, and begins anew after a later block's beginning
         if close >= 0:
             position = close + len(names[-1]) + 3
         found.append([opening[0], position if close >= 0 else None])
@@ -532,7 +608,7 @@ def test_random_completions(first):
         rng = random.Random(seed)
         text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(24)))
         tags = rng.choice(FORMATS)
-        blocks = [Block(f"{k}", len, tags=names) for k, names in enumerate(tags)]
+        blocks = [Block(f"{k}", len, tags=names, occurrence="first") for k, names in enumerate(tags)]
         spans = slow_find_blocks(text, tags)
         assert find_blocks(text, blocks) == spans
         texts = [span and text[slice(*span)] for span in spans]
@@ -633,6 +709,13 @@ def test_tags_and_patterns_are_taken_literally_or_not():
         ({"tags": None, "pattern": b"x"}, "`pattern=b'x'` is not a regular expression"),
         ({"tags": None, "pattern": "x*"}, "Block 'solution': `pattern='x*'` matches the empty text"),
         ({"tags": None, "pattern": ""}, "`pattern=''` matches the empty text"),
+        ({"tags": None, "pattern": r"\b"}, r"matches the empty text"),
+        ({"tags": None, "pattern": "(?=x)"}, "`pattern='(?=x)'` matches the empty text"),
+        ({"tags": None, "pattern": "(?<=x)(y?|z)"}, "matches the empty text"),
+        ({"tags": ("answer", "answer")}, "`tags=('answer', 'answer')`: name each tag once"),
+        ({"reward_weights": [float("nan")]}, "`reward_weights=[nan]`: they must be finite"),
+        ({"missing_reward": float("-inf")}, "`missing_reward=-inf`: it must be finite"),
+        ({"occurrence": "any"}, "`occurrence='any'`"),
         ({"tags": ()}, "Block 'solution': `tags=()`: pass the names of tags without brackets"),
         ({"tags": ""}, "`tags=''`"),
         ({"tags": "<answer>"}, "`tags='<answer>'`"),

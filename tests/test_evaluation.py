@@ -314,3 +314,14 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"flow-trl\[plots\]"):
         reliability_diagram({})
+
+
+def test_how_many_completions_have_a_confidence(caplog):
+    """Of 50, two: the number stands beside the ECE, in the results, in the diagram and in the log."""
+    layout = "<answer>4</answer><confidence>{}</confidence>"
+    row = [layout.format(0.9)] * 2 + [layout.format("high")] * 48
+    results = score_confidence([row], ["4"], correct=exact_match, num_resamples=2)
+    assert (results["num_completions"], results["num_confidences"], results["ece"]) == (50, 2, pytest.approx(0.1))
+    assert "Only 2 of 50 completions have a readable confidence" in caplog.text
+    legend = reliability_diagram({"after": results}).axes[0].get_legend().get_texts()[0].get_text()
+    assert legend == "after (ECE 0.100, of 2 of 50)"

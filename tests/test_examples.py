@@ -99,7 +99,7 @@ SMALL = ["--max_steps", "2", "--eval_size", "8", "--eval_samples", "4", "--num_g
 SMALL += ["--per_device_train_batch_size", "16", "--warmup_steps", "0", "--learning_rate", "1e-3"]
 
 
-@pytest.mark.parametrize("method", ["blockwise", "rlcr"])
+@pytest.mark.parametrize("method", ["blockwise", "dcpo", "rlcr"])
 def test_blockwise_grpo(tmp_path, method):
     output = run("blockwise_grpo.py", "--method", method, "--output_dir", str(tmp_path), *SMALL)
     rows = rows_of(output)
@@ -117,7 +117,7 @@ def test_blockwise_grpo(tmp_path, method):
     assert Image.open(tmp_path / "reliability_diagram.png").width > 500
     load_language_model(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert ("2602.10231" in card.text) == (method == "blockwise")
+    assert ("2602.10231" in card.text) == (method != "rlcr")
     if method == "blockwise":
         after = results["after"]
         assert f"| accuracy | {results['before']['accuracy']:.4f} ± " in card.text and "## Task" in card.text

@@ -14,6 +14,7 @@ from flow_trl.rewards.text import (
     correctness_reward,
     exact_match,
     math_correct,
+    math_correct_strict,
     two_attempts_format_reward,
 )
 from flow_trl.tasks import Task, confidence_task, two_attempt_task
@@ -112,6 +113,19 @@ def test_format_weight(task, func):
     assert plain.scalar_reward_weights == task.scalar_reward_weights[:-1]
 
 
+@pytest.mark.parametrize("task", [confidence_task, two_attempt_task])
+def test_strict(task):
+    loose, strict = task(), task(strict=True)
+    assert [block.occurrence for block in loose.blocks] == ["last", "last"]
+    assert [block.occurrence for block in strict.blocks] == ["first", "first"]
+    for func in [*strict.blocks[0].reward_funcs, strict.blocks[1].outcome, *strict.scalar_reward_funcs]:
+        assert func.keywords == {"correct": math_correct_strict, "strict": True}
+    completions = [CONFIDENT.format("5</answer> no <answer>4.", "60%"), CONFIDENT.format("4", 0.6)]
+    if task is confidence_task:
+        assert loose.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx([-0.16, -0.16])
+        assert strict.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx([-1, -0.16])
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "correct, function", [("math", math_correct), ("exact", exact_match), (str.__eq__, str.__eq__)]
@@ -125,8 +139,12 @@ def test_correct(task, correct, function):
 @pytest.mark.parametrize(
     "task, arguments, message",
     [
-        (confidence_task, {"score": "log"}, "`score='log'`: it must be 'bce' or 'brier'"),
-        (confidence_task, {"correct": "maths"}, "`correct='maths'`: it must be 'exact', 'math' or a function"),
+        (confidence_task, {"score": "log"}, "`score='log'`: it must be 'bce' or 'brier' or 'dcpo'"),
+        (
+            confidence_task,
+            {"correct": "maths"},
+            "`correct='maths'`: it must be 'exact', 'math', 'math_strict' or a function",
+        ),
         (two_attempt_task, {"correct": None}, "`correct=None`"),
         (confidence_task, {"format_weight": -0.1}, "`format_weight=-0.1`"),
         (two_attempt_task, {"format_weight": float("nan")}, "`format_weight=nan`"),

@@ -1,6 +1,6 @@
 """Credit assignment: rewards in, advantages out. Pure tensor functions without models, I/O or trainers."""
 
-from .blocks import BASELINES, block_advantages, token_advantages
+from .blocks import BASELINES, block_advantages, charge_missing_blocks, token_advantages
 from .control_variates import ControlVariates, control_variate_rewards, control_variates
 from .groups import SCALES, fill_with_group_mean, group_advantages
 from .temporal import PerPromptRunningMoments, temporal_advantages
@@ -14,6 +14,7 @@ __all__ = [
     "SCALES",
     "TurningPoints",
     "block_advantages",
+    "charge_missing_blocks",
     "control_variate_rewards",
     "control_variates",
     "fill_with_group_mean",

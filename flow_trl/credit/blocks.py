@@ -184,6 +184,42 @@ def _std(values: torch.Tensor) -> torch.Tensor:
     return (squares.nanmean(1, keepdim=True) * (count / (count - 1))).sqrt().expand(values.shape).reshape(-1)
 
 
+def charge_missing_blocks(rewards: torch.Tensor, present: torch.Tensor, missing_rewards: torch.Tensor) -> torch.Tensor:
+    """
+    Charges what a missing block costs to the nearest block before it that is there, which could have gone on to it.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, n_blocks)`):
+            Reward of each block; NaN where it is missing or has none.
+        present (`torch.Tensor` of shape `(N, n_blocks)`, bool):
+            Which blocks are there. The first one always is.
+        missing_rewards (`torch.Tensor` of shape `(n_blocks,)`):
+            What each block counts where it is missing; the first one's does not matter.
+
+    Returns:
+        `torch.Tensor` of shape `(N, n_blocks)`: rewards to train on. Completions that have all blocks keep theirs.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from flow_trl.credit import charge_missing_blocks
+
+    >>> rewards, present = torch.tensor([[1.0, -0.1], [1.0, torch.nan]]), torch.tensor([[True, True], [True, False]])
+    >>> charge_missing_blocks(rewards, present, torch.tensor([0.0, -1.0]))
+    tensor([[ 1.0000, -0.1000],
+            [ 0.0000,     nan]])
+    ```
+    """
+    charged = rewards.clone()
+    numbers = torch.arange(rewards.shape[1], device=rewards.device)
+    for k in range(1, rewards.shape[1]):
+        rows = (~present[:, k]).nonzero()[:, 0]
+        before = (present[rows, :k] * numbers[:k]).amax(dim=1)
+        charged[rows, before] += missing_rewards[k]
+    return charged
+
+
 def token_advantages(
     advantages: torch.Tensor, block_index: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor | float = 1.0
 ) -> torch.Tensor:

@@ -8,6 +8,10 @@ prompt.
 * **Confidence**: `<reasoning>..</reasoning><answer>..</answer><analysis>..</analysis><confidence>q</confidence>`.
 * **Two attempts**: `<first_attempt>..<answer>..</answer></first_attempt>`, then `<second_attempt>` likewise.
 
+Of several answers the last before the confidence counts, which is the last that follows an answer; answers and confidences
+may be written as people write them ([`~rewards.text.math_correct`], [`~rewards.text.parse_confidence`]). With `strict=True`,
+and `correct=math_correct_strict`, the first counts and nothing but the bare expression or number.
+
 Completions are strings or lists of messages. The right answer is the column `answer` of the data set. What a function
 lets one choose is a keyword argument, bound with `functools.partial`:
 
@@ -23,19 +27,15 @@ Whatever a model writes, the functions return numbers: they raise only where the
 may be called from any thread.
 """
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from ..utils import import_extra
+from . import math_pool
 
 
 CONFIDENCE_TAGS = ("reasoning", "answer", "analysis", "confidence")
@@ -45,7 +45,7 @@ Correct = Callable[[str | None, str], bool]
 Completions = Sequence[str | list[dict[str, Any]]]
 
 MAX_ANSWER_LENGTH = 1000
-TIMEOUT = 3  # seconds, for each step of math-verify
+CACHE_SIZE = 2**16
 
 
 # Reading completions
@@ -113,17 +113,66 @@ def _split_at_tag(text: str, tag: str) -> tuple[str | None, str]:
     return (content.strip(), after) if opening and closing else (None, text)
 
 
-def parse_confidence(text: str) -> float | None:
-    """
-    Reads the confidence that a completion states.
+def _last_tag(text: str, tag: str, end: int) -> tuple[int, str] | None:
+    """Where the last pair of tags before a position begins, and what stands in it."""
+    while (start := text.rfind(f"<{tag}>", 0, end)) >= 0:
+        closing = text.find(f"</{tag}>", start, end)
+        if closing >= 0:
+            return start, text[start + len(tag) + 2 : closing].strip()
+        end = start
+    return None
 
-    It is the content of the first pair of `<confidence>` tags that follows the answer (of the first, where there is no
-    answer), and must be a plain decimal number from 0 to 1: `0.7`, `.7`, `0`, `1.`, `1.00`. A sign, an exponent, a
-    percentage, a fraction, a word, a decimal comma or anything beside the number is not accepted, nor is a number above 1.
+
+def _read_pair(text: str, first: str, second: str, strict: bool) -> tuple[str | None, str | None]:
+    """What stands in two pairs of tags, of which the second follows the first."""
+    if strict:
+        content, rest = _split_at_tag(text, first)
+        return content, extract_tag(rest, second)
+    later = _last_tag(text, second, len(text))
+    earlier = later and _last_tag(text, first, later[0])
+    if earlier is None:
+        earlier = _last_tag(text, first, len(text))
+        later = None if earlier else later
+    return earlier and earlier[1], later and later[1]
+
+
+def read_answer(text: str, strict: bool = False) -> str | None:
+    """
+    Reads the answer that a completion gives.
 
     Args:
         text (`str`):
             A completion.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first `<answer>` counts, and not the last before the confidence.
+
+    Returns:
+        `str` or `None`: what stands in it; `None` if there is none.
+
+    Example:
+
+    ```python
+    >>> read_answer("<answer>5</answer> No: <answer>4</answer> <confidence>0.7</confidence>")
+    '4'
+    ```
+    """
+    return _read_pair(text, "answer", "confidence", strict)[0]
+
+
+def parse_confidence(text: str, strict: bool = False) -> float | None:
+    """
+    Reads the confidence that a completion states.
+
+    It is the content of the last pair of `<confidence>` tags that follows an answer (of the last, where there is no
+    answer): a decimal number from 0 to 1, also with a decimal comma, or a percentage, with or without Markdown or a final
+    dot: `0.7`, `.7`, `1.`, `0,7`, `70%`, `**0.7**`. A sign, an exponent, a fraction, a word or a number above 1 is not
+    accepted.
+
+    Args:
+        text (`str`):
+            A completion.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first pair after the first answer counts, and must be a plain decimal number.
 
     Returns:
         `float` or `None`: the confidence q in [0, 1]; `None` if there is none.
@@ -131,15 +180,30 @@ def parse_confidence(text: str) -> float | None:
     Example:
 
     ```python
-    >>> parse_confidence("<answer>4</answer> <confidence>0.7</confidence>")
+    >>> parse_confidence("<answer>4</answer> <confidence>70 %</confidence>")
     0.7
     ```
     """
-    content = extract_tag(_split_at_tag(text, "answer")[1], "confidence")
-    if content is None or not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", content):
+    content = _read_pair(text, "answer", "confidence", strict)[1]
+    if content is None:
         return None
-    confidence = float(content)
+    percentage = False
+    if not strict:
+        content = _without_markdown(content).replace("\\%", "%").strip("$ ")
+        percentage = content.endswith("%")
+        content = content.removesuffix("%").rstrip()
+        content = re.sub(r"^([0-9]*),([0-9]+)$", r"\1.\2", content)
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", content):
+        return None
+    confidence = float(content) / (100 if percentage else 1)
     return confidence if confidence <= 1 else None
+
+
+def _without_markdown(text: str) -> str:
+    text = re.sub(r"^#+\s+|\*\*|__|`", "", text.strip()).strip()
+    if len(text) > 2 and text[0] == text[-1] == "*":
+        text = text[1:-1].strip()
+    return text.rstrip(".").rstrip() if re.search(r"[^.]\.$", text) else text
 
 
 # Is an answer correct?
@@ -171,15 +235,11 @@ def exact_match(prediction: str | None, answer: str) -> bool:
 def math_correct(prediction: str | None, answer: str) -> bool:
     r"""
     Says whether an answer is mathematically equal to the right one, by
-    [math-verify](https://github.com/huggingface/Math-Verify).
+    [math-verify](https://github.com/huggingface/Math-Verify), however it is wrapped.
 
-    Both are put into `\boxed{}` and parsed as LaTeX, so `1/2`, `0.5` and `\frac{1}{2}` are equal, and a currency sign or
-    a unit within `\text{}` does not count. Words do: `18 dollars` and `x is 18` are not 18. Expressions are evaluated:
-    `9 + 9` is. Equal strings are always correct.
-
-    Not correct is whatever cannot be parsed, compared within a few seconds, or has more than 1000 characters. Outside
-    the main thread, where the timeouts of math-verify do not work, it runs in a process of its own that is started once
-    and ends with this one. Results are cached.
+    As [`~rewards.text.math_correct_strict`], and also right are Markdown (`**18**`), a final dot, a currency or a unit
+    (`USD 18`, `18 dollars`, `90%` for 90 as well as for 0.9), a decimal comma (`0,9`), `The answer is ...`, and a sentence
+    with one number, unless a word changes it (`not 18`, `at least 18`, `18 or more`).
 
     Args:
         prediction (`str` or `None`):
@@ -196,88 +256,170 @@ def math_correct(prediction: str | None, answer: str) -> bool:
     Example:
 
     ```python
-    >>> math_correct("0.5", r"\frac{1}{2}")
+    >>> math_correct("The answer is **18** apples.", "18")
     True
     ```
     """
-    if not prediction or not prediction.strip():
-        return False
-    return _math_correct(prediction.strip(), str(answer).strip())
+    return _math_correct([prediction], [answer], strict=False)[0]
 
 
-@lru_cache(maxsize=2**15)
-def _math_correct(prediction: str, answer: str) -> bool:
-    import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
-    if prediction == answer:
+def math_correct_strict(prediction: str | None, answer: str) -> bool:
+    r"""
+    Says whether an answer is mathematically equal to the right one, by
+    [math-verify](https://github.com/huggingface/Math-Verify).
+
+    Both are put into `\boxed{}` and parsed as LaTeX, so `1/2`, `0.5` and `\frac{1}{2}` are equal, and a currency sign or
+    a unit within `\text{}` does not count. Words do: `18 dollars` and `x is 18` are not 18. Expressions are evaluated:
+    `9 + 9` is. Equal strings are always correct.
+
+    Not correct is whatever cannot be parsed, has more than 1000 characters, or takes too long: a few seconds for an answer,
+    15 for all that are compared at once ([`~rewards.math_pool.compare`]). Results are cached.
+
+    Args:
+        prediction (`str` or `None`):
+            The model's answer; `None` if it gave none.
+        answer (`str`):
+            The right answer.
+
+    Returns:
+        `bool`: whether they are equal. `None` and the empty text are never correct.
+
+    Raises:
+        MissingExtraError: if math-verify is not installed.
+
+    Example:
+
+    ```python
+    >>> math_correct_strict("0.5", r"\frac{1}{2}")
+    True
+    ```
+    """
+    return _math_correct([prediction], [answer], strict=True)[0]
+
+
+_cache: dict[tuple[str, str, bool], bool] = {}
+
+
+def _math_correct(predictions: Sequence[str | None], answers: Sequence[str], strict: bool) -> list[bool]:
+    """Whether answers are right; those that have to be compared are compared together."""
+    keys = [
+        ((prediction or "").strip(), str(answer).strip(), strict)
+        for prediction, answer in zip(predictions, answers, strict=True)
+    ]
+    found: dict[tuple[str, str, bool], bool] = {}
+    jobs: dict[tuple[str, str, bool], math_pool.Job] = {}
+    for key in dict.fromkeys(keys):
+        prediction, answer, _ = key
+        if not prediction:
+            found[key] = False
+            continue
+        import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
+        if prediction == answer or key in _cache:
+            found[key] = prediction == answer or _cache[key]
+        elif max(len(prediction), len(answer)) > MAX_ANSWER_LENGTH:
+            found[key] = False
+        else:
+            readings = [prediction] if strict else _readings(prediction)
+            same = [True if reading == answer else _same_number(reading, answer) for reading in readings]
+            unknown = tuple(reading for reading, result in zip(readings, same, strict=True) if result is None)
+            if True in same or not unknown:
+                found[key] = True in same
+            else:
+                jobs[key] = unknown, answer
+    for key, result in zip(jobs, math_pool.compare(list(jobs.values())), strict=True):
+        found[key] = bool(result)
+        if result is not None:
+            if len(_cache) >= CACHE_SIZE:
+                del _cache[next(iter(_cache))]
+            _cache[key] = result
+    return [found[key] for key in keys]
+
+
+math_correct.many = partial(_math_correct, strict=False)
+math_correct_strict.many = partial(_math_correct, strict=True)
+
+
+_RATIONAL = re.compile(r"([-+]?)(?:([0-9]+(?:\.[0-9]+)?)|([0-9]+)/([0-9]+)|\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\})")
+
+
+def _same_number(prediction: str, answer: str) -> bool | None:
+    """Whether two plain numbers or fractions are the same; `None` where that has to be found out otherwise."""
+    values = []
+    for text in (prediction, answer):
+        match = _RATIONAL.fullmatch(text)
+        if match is None:
+            return None
+        sign, number, *fractions = match.groups()
+        top, bottom = ([part for part in fractions if part] + ["1", "1"])[:2]
+        if number is None and int(bottom) == 0:
+            return None
+        values.append(Fraction(number or Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1))
+    if values[0] == values[1]:
         return True
-    if max(len(prediction), len(answer)) > MAX_ANSWER_LENGTH:
-        return False
-    if threading.current_thread() is threading.main_thread():
-        return _math_verify(prediction, answer)
-    return _math_verify_elsewhere(prediction, answer)
+    return None if "." in prediction + answer else False
 
 
-def _math_verify(prediction: str, answer: str) -> bool:
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    try:
-        gold, target = (parse(rf"\boxed{{{text}}}", parsing_timeout=TIMEOUT) for text in (answer, prediction))
-        return bool(verify(gold, target, timeout_seconds=TIMEOUT))
-    except (Exception, TimeoutException):  # the latter is no `Exception`
-        return False
-
-
-_helper: subprocess.Popen | None = None
-_helper_lock = threading.Lock()
-
-
-def _math_verify_elsewhere(prediction: str, answer: str) -> bool:
-    global _helper
-    with _helper_lock:
-        if _helper is not None and _helper.poll() is not None:
-            _stop_helper()
-        if _helper is None:
-            # Not `multiprocessing`, which may run the user's script again.
-            _helper = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,  # an interrupt is for this process, with whose end it ends
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        try:
-            _helper.stdin.write(json.dumps([prediction, answer]) + "\n")
-            _helper.stdin.flush()
-            return json.loads(_helper.stdout.readline())
-        except (OSError, ValueError):  # it has ended
-            return False
+_NUMBER = re.compile(
+    r"(?<![\w.,/])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?![0-9])"
+)
+_LEAD = re.compile(
+    r"[A-Za-z]\s+is\s+|(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution|total)"
+    r"\s*(?:is|are|equals|:|=)\s*:?\s*",
+    re.IGNORECASE,
+)
+_UNITS = frozenset("km m cm mm kg g mg lb lbs oz l ml h min s ms mph kmh usd eur gbp am pm".split())
+# With one of these a sentence says something else than its number.
+_CHANGING = frozenset(
+    """not no never none nor neither cannot except without less more than least most over under above below about
+    approximately approx around roughly nearly almost between exceeds minus negative plus times by divided half third quarter
+    double twice triple dozen squared cubed root square cube power factorial percentile or either per hundred hundreds
+    thousand million billion trillion k one two three four five six seven eight nine ten eleven twelve if unless maybe
+    perhaps wrong incorrect unknown""".split()
+)
 
 
-def _stop_helper() -> None:
-    global _helper
-    with suppress(OSError), _helper:
-        _helper.kill()
-    _helper = None
-
-
-def _serve() -> None:
-    """Answers `[prediction, answer]` on each line of the standard input, until that is closed."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the parser may print is no reply
-    for line in sys.stdin:
-        print(json.dumps(_math_verify(*json.loads(line))), file=replies, flush=True)
+def _readings(prediction: str) -> list[str]:
+    """What an answer may mean: itself, and what is left of it without what people put around an answer."""
+    text = _without_markdown(prediction)
+    text = re.sub(r"\\text\{\s*([A-Za-z ]*)\}", r" \1", text) if "\\text" in text else text
+    if len(text) > 2 and (text[0], text[-1]) in {('"', '"'), ("'", "'"), ("“", "”")}:
+        text = text[1:-1]
+    text = _without_markdown(text)
+    bare = _without_markdown(_LEAD.sub("", text, count=1) if _LEAD.match(text) else text)
+    readings = [prediction, text, bare]
+    if re.fullmatch(r"[-+]?[0-9]+,[0-9]{1,2}|[-+]?0,[0-9]+", bare):
+        readings.append(bare.replace(",", "."))
+    numbers = list(_NUMBER.finditer(bare))
+    if len(numbers) == 1 and numbers[0][0] != bare:
+        before, after = bare[: numbers[0].start()], bare[numbers[0].end() :]
+        unit = re.match(r"[^\W\d_]+", after)
+        words = [word.lower() for word in re.findall(r"[^\W\d_]+", f"{before} {after}")]
+        signs = set(re.sub(r"[\w\s]", "", before + after)) | set(re.findall(r"[\d_]", before + after))
+        if (
+            signs <= set("$€£¥%°.,:;'’\"“”-")
+            and not before.rstrip().endswith("-")
+            and (unit is None or unit[0].lower() in _UNITS)
+            and all(len(word) > 1 or word in ("a", "i") or word in _UNITS for word in words)
+            and not _CHANGING.intersection(words)
+            and not any(word.endswith("n") and f"{word}'t" in bare.lower() for word in words)
+        ):
+            readings.append(numbers[0][0].replace(",", "").replace("\u2212", "-"))
+    return list(dict.fromkeys(reading for reading in readings if reading))
 
 
 # An answer and the confidence in it
 
 
 def correctness_reward(
-    completions: Completions, answer: Sequence[str] | None = None, *, correct: Correct = math_correct, **kwargs: Any
+    completions: Completions,
+    answer: Sequence[str] | None = None,
+    *,
+    correct: Correct = math_correct,
+    strict: bool = False,
+    **kwargs: Any,
 ) -> list[float]:
     """
-    Rewards a correct answer: c is 1 if the content of the first `<answer>` is correct, else 0.
+    Rewards a correct answer: c is 1 if the content of the last `<answer>` before the confidence is correct, else 0.
 
     It is an outcome function as well: `Block(..., outcome=correctness_reward)`.
 
@@ -288,6 +430,8 @@ def correctness_reward(
             The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`; the prediction is `None` where there is no answer.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer counts.
         kwargs:
             Not used.
 
@@ -305,7 +449,7 @@ def correctness_reward(
     ```
     """
     texts = [completion_text(completion) for completion in completions]
-    return _correctness([extract_tag(text, "answer") for text in texts], answer, correct)
+    return _correctness([read_answer(text, strict) for text in texts], answer, correct)
 
 
 def brier_reward(
@@ -313,6 +457,7 @@ def brier_reward(
     answer: Sequence[str] | None = None,
     *,
     correct: Correct = math_correct,
+    strict: bool = False,
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
@@ -331,6 +476,8 @@ def brier_reward(
             The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer and confidence count, and only a plain number is a confidence.
         log_metric (`Callable`, *optional*):
             Passed by the trainer. The share of completions without a readable confidence
             ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
@@ -350,8 +497,8 @@ def brier_reward(
     [-0.25, -1.0]
     ```
     """
-    c = correctness_reward(completions, answer, correct=correct)
-    q = _confidences(completions, log_metric)
+    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    q = _confidences(completions, log_metric, strict)
     return [-1.0 if qi is None else 0.0 - (qi - ci) ** 2 for qi, ci in zip(q, c, strict=True)]
 
 
@@ -360,6 +507,7 @@ def bce_reward(
     answer: Sequence[str] | None = None,
     *,
     correct: Correct = math_correct,
+    strict: bool = False,
     eps: float = 0.01,
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
@@ -380,6 +528,8 @@ def bce_reward(
             The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer and confidence count, and only a plain number is a confidence.
         eps (`float`, *optional*, defaults to `0.01`):
             Confidences are clipped to [eps, 1 - eps], in (0, 0.5). The default is the step of a confidence with two
             decimals: only 0 and 1 change, and the lowest reward is -4.6.
@@ -404,8 +554,8 @@ def bce_reward(
     """
     if not 0 < eps < 0.5:
         raise ValueError(f"`eps={eps}`: confidences are clipped to [eps, 1 - eps]; it must be in (0, 0.5).")
-    c = correctness_reward(completions, answer, correct=correct)
-    q = _confidences(completions, log_metric)
+    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    q = _confidences(completions, log_metric, strict)
     rewards = []
     for qi, ci in zip(q, c, strict=True):
         # The probability that was given to what is the case.
@@ -414,11 +564,78 @@ def bce_reward(
     return rewards
 
 
+def dcpo_reward(
+    completions: Completions,
+    answer: Sequence[str] | None = None,
+    *,
+    prompts: Sequence[Any],
+    correct: Correct = math_correct,
+    strict: bool = False,
+    group_weight: float = 0.5,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    r"""
+    Rewards a confidence q that is near to how often the prompt is answered correctly and to whether it was
+    ([DCPO](https://huggingface.co/papers/2603.09117)),
+
+    $$ r = -\lvert q - (\lambda \bar c + (1 - \lambda) c) \rvert, $$
+
+    with c = 1 if the answer is correct and 0 if not, and \\( \bar c \\) its mean over the completions of the same prompt.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions to score.
+        answer (`list[str]`):
+            The right answers, a column of the data set.
+        prompts (`list`):
+            The prompt of each completion; those that are equal are a group.
+        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
+            `correct(prediction, answer) -> bool`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer and confidence count, and only a plain number is a confidence.
+        group_weight (`float`, *optional*, defaults to `0.5`):
+            The weight \\( \lambda \\) of the group, in [0, 1].
+        log_metric (`Callable`, *optional*):
+            Passed by the trainer. The share of completions without a readable confidence
+            ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
+        kwargs:
+            Not used.
+
+    Returns:
+        `list[float]`: rewards in [-1, 0]; -1, the lowest, without a readable confidence.
+
+    Raises:
+        ValueError: if `group_weight` is not in [0, 1], or if the data set has no column `answer`.
+
+    Example:
+
+    ```python
+    >>> completions = [f"<answer>{a}</answer><confidence>0.5</confidence>" for a in (4, 5)]
+    >>> dcpo_reward(completions, answer=["4", "4"], prompts=["2 + 2?"] * 2)
+    [-0.25, -0.25]
+    ```
+    """
+    if not 0 <= group_weight <= 1:
+        raise ValueError(f"`group_weight={group_weight}`: it must be in [0, 1].")
+    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    groups: dict[str, list[float]] = {}
+    for prompt, ci in zip(prompts, c, strict=True):
+        groups.setdefault(str(prompt), []).append(ci)
+    means = {prompt: sum(values) / len(values) for prompt, values in groups.items()}
+    q = _confidences(completions, log_metric, strict)
+    return [
+        -1.0 if qi is None else 0.0 - abs(qi - group_weight * means[str(prompt)] - (1 - group_weight) * ci)
+        for qi, ci, prompt in zip(q, c, prompts, strict=True)
+    ]
+
+
 def rlcr_reward(
     completions: Completions,
     answer: Sequence[str] | None = None,
     *,
     correct: Correct = math_correct,
+    strict: bool = False,
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
@@ -438,6 +655,8 @@ def rlcr_reward(
             The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first answer and confidence count, and only a plain number is a confidence.
         log_metric (`Callable`, *optional*):
             Passed by the trainer. The share of completions without a readable confidence
             ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
@@ -458,8 +677,8 @@ def rlcr_reward(
     [0.75, -0.25]
     ```
     """
-    c = correctness_reward(completions, answer, correct=correct)
-    scores = brier_reward(completions, answer, correct=correct, log_metric=log_metric)
+    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    scores = brier_reward(completions, answer, correct=correct, strict=strict, log_metric=log_metric)
     return [ci + score for ci, score in zip(c, scores, strict=True)]
 
 
@@ -493,7 +712,12 @@ def confidence_format_reward(completions: Completions, **kwargs: Any) -> list[fl
 
 
 def first_attempt_reward(
-    completions: Completions, answer: Sequence[str] | None = None, *, correct: Correct = math_correct, **kwargs: Any
+    completions: Completions,
+    answer: Sequence[str] | None = None,
+    *,
+    correct: Correct = math_correct,
+    strict: bool = False,
+    **kwargs: Any,
 ) -> list[float]:
     """
     Rewards a correct first attempt: c_1 is 1 if the `<answer>` within `<first_attempt>` is correct, else 0.
@@ -507,6 +731,8 @@ def first_attempt_reward(
             The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`; the prediction is `None` where there is no answer.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first attempts and answers count, and not the last.
         kwargs:
             Not used.
 
@@ -523,7 +749,9 @@ def first_attempt_reward(
     [1.0]
     ```
     """
-    return _correctness([_attempts(completion)[0] for completion in completions], answer, correct)
+    return _correctness(
+        [read_attempts(completion_text(completion), strict)[0] for completion in completions], answer, correct
+    )
 
 
 def second_attempt_reward(
@@ -532,6 +760,7 @@ def second_attempt_reward(
     *,
     correct: Correct = math_correct,
     different: float = 0.1,
+    strict: bool = False,
     **kwargs: Any,
 ) -> list[float]:
     """
@@ -548,6 +777,8 @@ def second_attempt_reward(
             `correct(prediction, answer) -> bool`. It also says whether both attempts have the same answer.
         different (`float`, *optional*, defaults to `0.1`):
             Reward of a wrong answer that differs from the first one.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first attempts and answers count, and not the last.
         kwargs:
             Not used.
 
@@ -565,7 +796,7 @@ def second_attempt_reward(
     [1.0, 0.1, 0.0]
     ```
     """
-    attempts = [_attempts(completion) for completion in completions]
+    attempts = [read_attempts(completion_text(completion), strict) for completion in completions]
     rewards = _correctness([second for _, second in attempts], answer, correct)
     for i, (first, second) in enumerate(attempts):
         if second and not rewards[i] and (first is None or not correct(second, first)):
@@ -612,21 +843,46 @@ def _correctness(predictions: list[str | None], answer: Sequence[str] | None, co
             "The data set has no column `answer`, which holds the right answers: rename the one that does with "
             "`dataset.rename_column(..., 'answer')`, or let `prepare` of a task in `flow_trl.tasks` do it."
         )
-    return [float(correct(*pair)) for pair in zip(predictions, answer, strict=True)]
+    if len(predictions) != len(answer):
+        raise ValueError(f"There are {len(predictions)} completions and {len(answer)} values in the column `answer`.")
+    many = getattr(correct, "many", None)
+    results = many(predictions, answer) if many else map(correct, predictions, answer)
+    return [float(result) for result in results]
 
 
-def _confidences(completions: Completions, log_metric: Callable[[str, float], None] | None) -> list[float | None]:
-    confidences = [parse_confidence(completion_text(completion)) for completion in completions]
+def _confidences(
+    completions: Completions, log_metric: Callable[[str, float], None] | None, strict: bool
+) -> list[float | None]:
+    confidences = [parse_confidence(completion_text(completion), strict) for completion in completions]
     if log_metric is not None and confidences:
         log_metric("confidence/unparsable", confidences.count(None) / len(confidences))
     return confidences
 
 
-def _attempts(completion: str | list[dict[str, Any]]) -> tuple[str | None, str | None]:
-    """The answers of the first and of the second attempt."""
-    first, rest = _split_at_tag(completion_text(completion), ATTEMPT_TAGS[0])
-    second = extract_tag(rest, ATTEMPT_TAGS[1])
-    return extract_tag(first or "", "answer"), extract_tag(second or "", "answer")
+def read_attempts(text: str, strict: bool = False) -> tuple[str | None, str | None]:
+    """
+    Reads the answers of both attempts in a completion.
+
+    Args:
+        text (`str`):
+            A completion.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether the first attempts and answers count, and not the last.
+
+    Returns:
+        `tuple[str | None, str | None]`: what stands in the `<answer>` of each; `None` if there is none.
+
+    Example:
+
+    ```python
+    >>> read_attempts("<first_attempt><answer>4</answer></first_attempt>")
+    ('4', None)
+    ```
+    """
+    return tuple(
+        _read_pair(attempt or "", "answer", "confidence", strict)[0]
+        for attempt in _read_pair(text, *ATTEMPT_TAGS, strict)
+    )
 
 
 def _is_sequence(text: str, tags: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ class BlockwiseGRPOConfig(GRPOConfig):
 
     The setting of [the paper](https://huggingface.co/papers/2602.10231) is `num_generations=32`, a generation of 2048
     completions, `learning_rate=1e-6` with 64 warm-up steps, `beta=0`, `temperature=1`, and adaptive entropy
-    (`use_adaptive_entropy=True, entropy_target=0.2, entropy_coef_delta=5e-4`).
+    (`use_adaptive_entropy=True, entropy_target=0.2, entropy_coef_delta=5e-4`), and `charge_missing=False`.
 
     Only the arguments that differ from [`~trl.GRPOConfig`] are listed.
 
@@ -37,6 +37,9 @@ class BlockwiseGRPOConfig(GRPOConfig):
             n / (n + shrinkage).
         leave_one_out (`bool`, *optional*, defaults to `False`):
             Whether a completion is left out of the means that it is compared with.
+        charge_missing (`bool`, *optional*, defaults to `True`):
+            Whether a later block that is missing costs its `missing_reward` in the training reward of the block before
+            it (of the nearest that is there), so that blocks get written. In the paper's setting it costs nothing.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
             As in [`~trl.GRPOConfig`], of those that can carry an advantage per token: `"grpo"`, `"bnpo"`, `"dr_grpo"`,
             `"dapo"`, `"cispo"`, `"sapo"` and `"vespo"`. Whatever the type's own normalisation, each block of a
@@ -67,6 +70,9 @@ class BlockwiseGRPOConfig(GRPOConfig):
     )
     leave_one_out: bool = field(
         default=False, metadata={"help": "Whether a completion is left out of the means it is compared with."}
+    )
+    charge_missing: bool = field(
+        default=True, metadata={"help": "Whether a missing block costs its `missing_reward` in the block before it."}
     )
     loss_type: str = field(
         default="grpo",

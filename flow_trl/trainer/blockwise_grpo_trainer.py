@@ -2,7 +2,10 @@
 
 import textwrap
 from collections import Counter
+from functools import partial
+from itertools import compress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -10,16 +13,18 @@ from accelerate.utils import gather, gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, nanstd
 
 from ..blocks import Block, check_blocks, parse_completion
 from ..cards import language_card
 from ..checkpoints import WholeCheckpoints
 from ..console import use_console
-from ..credit import block_advantages, token_advantages
+from ..credit import block_advantages, charge_missing_blocks, token_advantages
 from ..publishing import Publishing
 from ..resuming import adapter, as_json, sampled_digest
 from .blockwise_grpo_config import BlockwiseGRPOConfig
+from .blockwise_log import Watch, print_completions
 
 
 logger = get_logger(__name__)
@@ -35,12 +40,16 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
     \min\big(\rho_{i,t} A_{i,k},\ \operatorname{clip}(\rho_{i,t}, 1 - \varepsilon, 1 + \varepsilon) A_{i,k}\big) $$
 
     with \\( T_{i,k} \\) the tokens of block \\( k \\) of completion \\( i \\). A missing later block has no tokens, and
-    its reward is in no baseline.
+    its reward is in no baseline of its own; its `missing_reward` is charged to the block before it, unless
+    `charge_missing=False`. Tags in the results of tools do not count.
 
-    Beside TRL's metrics it logs, for each block, `blocks/<name>/found` (share of completions that have its tags), and of
+    Beside TRL's metrics it logs, for each block, `blocks/<name>/found` (share of completions that have it, closed), and of
     the completions that have it (of the first block: of all) `/length` (mean number of tokens) and `/zero_advantage` (share
-    that have nothing to learn from). `/reward` is the mean of all, with `missing_reward` for those without it. With `log_completions=True` the table of completions has each
-    block's reward, outcome and advantage; its column `advantage` is the sum over the blocks.
+    that have nothing to learn from). `/reward` is the mean of all, with `missing_reward` for those without it; `reward` is
+    the sum of those, and `frac_reward_zero_std` the share of groups in which no block has an advantage. Warnings say, once
+    each, if a block is hardly ever written, hardly any completion has an advantage, or format or reward collapse. With
+    `log_completions=True` the file of completions has each block's text, reward, outcome and advantage; its column
+    `advantage` is the sum over the blocks.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -49,13 +58,17 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             The blocks in their order, with their reward functions.
         args ([`BlockwiseGRPOConfig`], *optional*):
             Arguments. If not set, the defaults.
+        environment_block (`str`, *optional*):
+            Name of the block to which the reward of the environments (`get_reward`) belongs, for an `environment_factory`
+            whose environments have one.
         train_dataset, eval_dataset, kwargs:
             As in [`~trl.GRPOTrainer`], without `reward_funcs`. `reward_processing_classes` follow the reward functions
             of all blocks in their order.
 
     Raises:
         ValueError: before anything is loaded, if blocks overlap, have no outcome that the baseline needs, or arguments
-            do not fit; after it, if an environment has a reward of its own.
+            do not fit; after it, if an environment has a reward of its own and `environment_block` is not set; in
+            training, if a reward is infinite.
         TypeError: if `blocks` or `args` is of another type, or, in training, an outcome is not hashable.
 
     Example:
@@ -98,6 +111,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         args: BlockwiseGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        environment_block: str | None = None,
         **kwargs: Any,
     ):
         self.blocks = check_blocks(blocks)
@@ -121,17 +135,28 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
                 )
             if block.outcome is not None and is_async_callable(block.outcome):
                 raise ValueError(f"Block {block.name!r}: `outcome` must not be an async function.")
+        names = [block.name for block in self.blocks]
+        if environment_block is not None and (
+            environment_block not in names or kwargs.get("environment_factory") is None
+        ):
+            raise ValueError(
+                f"`environment_block={environment_block!r}`: it must be one of {', '.join(map(repr, names))}, and "
+                "`environment_factory` must be set."
+            )
         self._block_of_func = [k for k, block in enumerate(self.blocks) for _ in block.reward_funcs]
         funcs = [func for block in self.blocks for func in block.reward_funcs]
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
         self.console = use_console(self)
-        if len(self.reward_funcs) != len(self._block_of_func):  # TRL adds to the list it was given
+        environment_rewards = len(self.reward_funcs) - len(self._block_of_func)  # TRL adds to the list it was given
+        if environment_rewards and environment_block is None:
             raise ValueError(
-                "`environment_factory` makes environments with a `get_reward`, which belongs to no block: rename it, "
-                "and give it to a `Block` as a reward function that reads `environments`."
+                "`environment_factory` makes environments with a `get_reward`, which belongs to no block: name the one "
+                f"that it rewards, `environment_block={names[0]!r}` for example."
             )
+        if environment_rewards:
+            self._block_of_func += [names.index(environment_block)] * environment_rewards
         special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         for block in self.blocks:
             if any(f"<{slash}{tag}>" in special for tag in block.tags or () for slash in ("", "/")):
@@ -140,12 +165,15 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
                     "reward functions get have no special tokens: let them use `block_texts`, or add the tags to the "
                     "tokenizer as ordinary tokens."
                 )
-        self.reward_weights = torch.tensor([weight for block in self.blocks for weight in block.reward_weights])
+        weights = [weight for block in self.blocks for weight in block.reward_weights]
+        self.reward_weights = torch.tensor(weights + [1.0] * environment_rewards)
         used = Counter(self.reward_func_names)
         self.reward_func_names = [
             name if used[name] == 1 else f"{self.blocks[k].name}/{name}"
             for name, k in zip(self.reward_func_names, self._block_of_func, strict=True)
         ]
+
+        self._watch = Watch(names, logger.warning)
 
     def _known(self) -> dict[str, Any]:
         model = self.model
@@ -172,33 +200,54 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
                 torch.randperm(self._prompt_order.num_samples, generator=self._prompt_order.generator)
         super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
 
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        self._own_tokens = output[2]
+        return output
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        parsed = [parse_completion(ids, self.blocks, self._tokenizer) for ids in completion_ids_list]
+        own_tokens = self._own_tokens or [[1] * len(ids) for ids in completion_ids_list]
+        parsed = [
+            parse_completion(ids, self.blocks, self._tokenizer, own)
+            for ids, own in zip(completion_ids_list, own_tokens, strict=True)
+        ]
+        completions = [
+            completion if all(own) or not isinstance(completion, str) else self._decode_own(ids, own)
+            for completion, ids, own in zip(completions, completion_ids_list, own_tokens, strict=True)
+        ]
         names = [block.name for block in self.blocks]
         inputs = [
             {**row, "block_texts": dict(zip(names, completion.texts, strict=True))}
             for row, completion in zip(inputs, parsed, strict=True)
         ]
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._require_finite(rewards_per_func)
         outcomes = self._calculate_outcomes(inputs, prompts, completions, completion_ids_list)
 
-        lengths = [[completion.block_index.count(k) for k in range(len(names))] for completion in parsed]
-        found = [[text is not None for text in completion.texts] for completion in parsed]
+        owners = [
+            completion.block_index if all(own) else list(compress(completion.block_index, own))
+            for completion, own in zip(parsed, own_tokens, strict=True)
+        ]
+        lengths = [[owner.count(k) for k in range(len(names))] for owner in owners]
+        present = [[text is not None for text in completion.texts] for completion in parsed]
+        complete = [list(map(Block.is_complete, self.blocks, completion.texts)) for completion in parsed]
         statistics = gather(
-            torch.tensor([lengths, found], device=rewards_per_func.device).transpose(0, 1)
-        )  # (N, 2, K)
-        lengths, found = statistics[:, 0].float(), statistics[:, 1].bool()
-        counts = found.clone()
+            torch.tensor([lengths, present, complete], device=rewards_per_func.device).transpose(0, 1)
+        )  # (N, 3, K)
+        lengths, counts, found = statistics[:, 0].float(), statistics[:, 1].bool(), statistics[:, 2].float()
         counts[:, 0] = True  # the first block holds whatever is in no other
         rewards_per_func[~counts[:, self._block_of_func]] = torch.nan
 
         weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
         rewards = torch.stack([self._sum(weighted[:, self._columns(k)]) for k in range(len(names))], dim=1)
+        missing_rewards = rewards.new_tensor([block.missing_reward for block in self.blocks])
+        logged_rewards = rewards.where(counts, missing_rewards)
         mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         advantages = block_advantages(
-            rewards,
+            charge_missing_blocks(rewards, counts, missing_rewards) if self.args.charge_missing else rewards,
             outcomes,
-            self.num_generations if mode == "train" else self.num_generations_eval,
+            num_generations,
             baseline=self.args.baseline,
             min_stratum_size=self.args.min_stratum_size,
             shrinkage=self.args.shrinkage,
@@ -207,23 +256,41 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         ) * rewards.new_tensor([block.weight for block in self.blocks])
         first = self.accelerator.process_index * len(prompts)
         local = slice(first, first + len(prompts))
-        self._credit = parsed, advantages, local
+        self._credit = parsed, advantages, local, self._sum(logged_rewards), num_generations
 
         for k, block in enumerate(self.blocks):
             metrics = {
-                "found": found[:, k].float().mean(),
-                "reward": rewards[:, k].where(counts[:, k], block.missing_reward).nanmean(),
+                "found": found[:, k].mean(),
+                "reward": logged_rewards[:, k].nanmean(),
                 "length": lengths[counts[:, k], k].mean(),
                 "zero_advantage": (advantages[counts[:, k], k].abs() < 1e-6).float().mean(),
             }
             for name, value in metrics.items():
                 self._metrics[mode][f"blocks/{block.name}/{name}"].append(value.item())
             if self.log_completions:
+                self._log_completion_extra(f"{block.name}/text", [completion.texts[k] for completion in parsed])
                 self._log_completion_extra(f"{block.name}/reward", rewards[local, k].tolist())
                 if outcomes[k] is not None:
                     self._log_completion_extra(f"{block.name}/outcome", [str(value) for value in outcomes[k][local]])
                 self._log_completion_extra(f"{block.name}/advantage", advantages[local, k].tolist())
+        if mode == "train":
+            learning = (advantages.abs() > 1e-6).any(dim=1).float().mean().item()
+            self._watch.update(found.mean(dim=0).tolist(), learning, rewards[:, 0].nanmean().item())
         return rewards_per_func
+
+    def _decode_own(self, ids: list[int], own: list[int]) -> str:
+        """What the model itself wrote, as the reward functions get it."""
+        return self._tokenizer.decode(
+            [token for token, mine in zip(ids, own, strict=True) if mine], skip_special_tokens=True
+        )
+
+    def _require_finite(self, rewards_per_func: torch.Tensor) -> None:
+        for name, column in zip(self.reward_func_names, rewards_per_func.T, strict=True):
+            if column.isinf().any():
+                raise ValueError(
+                    f"The reward function '{name}' returned an infinite reward, which would destroy the weights: return "
+                    "a finite number, or `None` where it does not apply."
+                )
 
     def _columns(self, k: int) -> list[int]:
         return [column for column, block in enumerate(self._block_of_func) if block == k]
@@ -264,7 +331,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        parsed, advantages, local = self._credit
+        parsed, advantages, local, rewards, num_generations = self._credit
         ids = output["completion_ids"]
         padding = [0] * ids.shape[1]
         rows = [(completion.block_index + padding)[: ids.shape[1]] for completion in parsed]
@@ -274,7 +341,18 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.sum(dim=1).tolist())
+        if len(self.blocks) > 1:  # TRL's own leave missing blocks out, and know nothing of strata
+            silent = (advantages.abs() < 1e-6).all(dim=1).view(-1, num_generations).all(dim=1)
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics["reward"][-1] = rewards.nanmean().item()
+            metrics["reward_std"][-1] = nanstd(rewards).item()
+            metrics["frac_reward_zero_std"][-1] = silent.float().mean().item()
         return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        blocks = {block.name: block.missing_reward for block in self.blocks}
+        with patch.object(grpo_trainer, "print_prompt_completions_sample", partial(print_completions, blocks=blocks)):
+            super().log(logs, start_time)
 
     def _compute_loss(self, model, inputs):
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)

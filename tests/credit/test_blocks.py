@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl.trainer.utils import nanstd
 
-from flow_trl.credit import block_advantages, token_advantages
+from flow_trl.credit import block_advantages, charge_missing_blocks, token_advantages
 
 
 NAN = float("nan")
@@ -500,3 +500,13 @@ def test_the_sum_with_the_loss_s_divisor_is_the_paper_s():
             held = ratio[i][(block_index[i] == k) & (mask[i] == 1)].tolist()
             expected += mean(held) * advantages[i, k].item() if held else 0.0
         assert got[i].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_missing_block_is_charged_to_the_nearest_before_it():
+    nan = torch.nan
+    rewards = torch.tensor([[1.0, 0.5, 0.2], [1.0, nan, 0.2], [1.0, 0.5, nan], [1.0, nan, nan], [nan, nan, 0.1]])
+    present = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1]]).bool()
+    charged = charge_missing_blocks(rewards, present, torch.tensor([9.0, -1.0, -0.25]))
+    expected = [[1.0, 0.5, 0.2], [0.0, nan, 0.2], [1.0, 0.25, nan], [-0.25, nan, nan], [nan, nan, 0.1]]
+    torch.testing.assert_close(charged, torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(rewards[0], charged[0]) and rewards[3, 0] == 1

@@ -1,5 +1,6 @@
 """BlockwiseGRPOTrainer against the paper's formula in a plain loop, and against TRL's own trainer."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from flow_trl import Block, BlockwiseGRPOConfig, BlockwiseGRPOTrainer
+from flow_trl.trainer import blockwise_log
 from tests import text_models, two_processes
 from tests.trainer.text_runs import (
     TEXTS,
@@ -199,12 +201,14 @@ def test_metrics_and_completions_table(tmp_path):
     log = trainer.state.log_history[0]
     completions = trainer.rollout.rows[0]["completion_ids"]
     rows = advantages_by_hand(completions, trainer.processing_class, 4)
-    found = [row["blocks"][1] is not None for row in rows]
-    assert log["blocks/confidence/found"] == pytest.approx(mean(found))
-    assert log["blocks/solution/found"] == pytest.approx(mean(["<reasoning>" in TEXTS[i % 7] for i in range(8)]))
+    assert log["blocks/confidence/found"] == pytest.approx(mean(["</confidence>" in TEXTS[i % 7] for i in range(8)]))
+    assert log["blocks/solution/found"] == pytest.approx(mean(["</answer>" in TEXTS[i % 7] for i in range(8)]))
     assert log["blocks/confidence/reward"] == pytest.approx(
         mean([-3.0 if row["rewards"][1] is None else row["rewards"][1] for row in rows])
     )
+    totals = [row["rewards"][0] + (-3.0 if row["rewards"][1] is None else row["rewards"][1]) for row in rows]
+    assert log["reward"] == pytest.approx(mean(totals))
+    assert log["reward_std"] == pytest.approx(torch.tensor(totals).std().item())
     present = [row["rewards"][1] for row in rows if row["rewards"][1] is not None]
     assert log["rewards/confidence_reward/mean"] == pytest.approx(mean(present))
     assert log["blocks/confidence/length"] == pytest.approx(
@@ -220,8 +224,76 @@ def test_metrics_and_completions_table(tmp_path):
         assert logged["confidence/advantage"] == pytest.approx(expected[1], abs=1e-6)
         assert logged["advantage"] == pytest.approx(sum(expected), abs=1e-6)
         assert logged["confidence/outcome"] == str(row["outcome"])
+        assert pd.isna(logged["confidence/text"]) == (row["blocks"][1] is None)
         assert logged["solution/reward"] == pytest.approx(row["rewards"][0])
         assert pd.isna(logged["confidence/reward"]) == (row["rewards"][1] is None)
+
+
+def zero(completion_ids, **columns):
+    return [0.0] * len(completion_ids)
+
+
+def unreadable(completion_ids, **columns):
+    return [-1.0] * len(completion_ids)
+
+
+def test_rewards_in_the_log_are_what_is_trained(tmp_path):
+    """Half the completions lack the confidence, the others' is unreadable: that is no better and no worse."""
+    blocks = [Block("solution", zero, tags="answer"), Block("confidence", unreadable, tags="confidence", outcome=zero)]
+    trainer = make_trainer(tmp_path / "paper", blocks)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0.2 < log["blocks/confidence/found"] < 0.8
+    assert (log["reward"], log["reward_std"], log["frac_reward_zero_std"]) == (-1.0, 0.0, 1.0)
+    assert not trainer.watch.gradients[0].any()
+
+    blocks[1] = dataclasses.replace(blocks[1], reward_funcs=[zero])  # a readable one, of the best score
+    trainer = make_trainer(tmp_path / "charged", blocks, charge_missing=True, log_completions=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == pytest.approx(log["blocks/confidence/reward"]) and -0.8 < log["reward"] < -0.2
+    assert log["frac_reward_zero_std"] == 0 and trainer.watch.gradients[0].any()
+    table = pd.read_parquet(tmp_path / "charged" / "completions" / "completions_00001.parquet")
+    for _, group in table.groupby(table.index // 4):
+        missing = group["confidence/text"].isna()
+        expected = missing.mean() - missing  # what the first block is charged, less the group's mean of it
+        assert list(group["solution/advantage"]) == pytest.approx(list(expected), abs=1e-6)
+        assert not group["confidence/advantage"].any()
+
+
+def test_the_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer = make_trainer(tmp_path, log_completions=True, num_completions_to_print=3)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if set(line) & set("│┃┏┡├└")]
+    assert lines and all(len(line) == 80 for line in lines)
+    assert {"prompt", "solution", "confidence"} <= set(lines[1].replace("┃", " ").split())
+    assert sum("advantage" in line for line in lines) == 3 * 2  # the end of training is logged too
+    assert "solution/text" in pd.read_parquet(next((tmp_path / "completions").iterdir())).columns
+
+
+def test_nothing_to_learn_is_said_once(tmp_path, caplog):
+    blocks = [Block("solution", zero, tags="answer"), Block("end", zero, tags="end", outcome=zero)]
+    make_trainer(tmp_path, blocks, max_steps=12).train()
+    assert caplog.text.count("Block 'end' was found in 0.0%") == 1 and "example of the layout" in caplog.text
+    assert caplog.text.count("had anything to learn from") == 1 and "`num_generations`" in caplog.text
+    assert "has fallen" not in caplog.text
+
+
+@pytest.mark.parametrize("first, then, words", [
+    ((0.99, 0.6), (0.99, 0.05), "The mean reward of block 'solution' has fallen from 0.60 to"),
+    ((0.99, 0.6), (0.1, 0.6), "completions with block 'solution' has fallen from 0.99 to"),
+    ((0.99, -0.2), (0.99, -1.0), "`learning_rate`"),
+    ((0.99, 0.6), (0.95, 0.55), None),
+    ((0.2, 0.1), (0.9, 0.8), None),
+])  # fmt: skip
+def test_a_collapse_is_said_once(first, then, words):
+    said = []
+    watch = blockwise_log.Watch(["solution"], said.append)
+    for values in [first] * 15 + [then] * 30:
+        found, reward = values
+        watch.update([found], learning=0.5, reward=reward)
+    assert len(said) == (0 if words is None else 1) and all(words in message for message in said)
 
 
 def test_reward_functions_get_the_blocks_texts_and_columns(tmp_path):
@@ -500,9 +572,51 @@ def test_tools(tmp_path):
     assert not torch.equal(weights(trainer), before)
 
 
+def test_tags_that_the_model_did_not_write(tmp_path):
+    """Tags and texts of a tool, here all that has to do with a confidence, are neither in a block nor in a completion."""
+    seen = []
+
+    def watching(completions, block_texts, **columns):
+        seen.extend(zip(completions, block_texts, strict=True))
+        return [0.0] * len(completions)
+
+    blocks = [Block("solution", watching, tags=("reasoning", "answer")), make_blocks()[1]]
+    masked = ("<analysis>", "</analysis>", "<confidence>", "</confidence>", "0.7", "0.1", "0.5")
+    trainer = make_trainer(tmp_path, blocks, masked=masked)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["blocks/confidence/found"] == 0 and log["blocks/solution/found"] > 0.5
+    assert seen[0] == ("<reasoning> 1 2 </reasoning> <answer> 3 </answer> yes", {
+        "solution": "<reasoning> 1 2 </reasoning> <answer> 3 </answer>", "confidence": None})  # fmt: skip
+    own = [
+        sum(token not in trainer.rollout.masked for token in ids) for ids in trainer.rollout.rows[0]["completion_ids"]
+    ]
+    assert log["blocks/solution/length"] == pytest.approx(mean(own))
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_a_reward_of_the_environment_belongs_to_a_block(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + {i}?"}], "number": i} for i in range(8)]
+    extra = {"environment_factory": Environment, "environment_block": "confidence"}
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer=tool_tokenizer(),
+        train=Dataset.from_list(rows),
+        sampled=True,
+        extra=extra,
+        log_completions=True,
+    )
+    trainer.train()
+    assert trainer._block_of_func == [0, 1, 1]
+    assert "rewards/Environment/mean" in trainer.state.log_history[0]
+    for bad in ({"environment_block": "third"}, {"environment_factory": None}):
+        with pytest.raises(ValueError, match="`environment_block='.*'solution', 'confidence'.*environment_factory"):
+            BlockwiseGRPOTrainer("no/such-model", make_blocks(), make_config(tmp_path), prompts(), **(extra | bad))
+
+
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_a_reward_of_the_environment_belongs_to_no_block(tmp_path):
-    with pytest.raises(ValueError, match="`get_reward`, which belongs to no block"):
+    with pytest.raises(ValueError, match="belongs to no block.*`environment_block='solution'`"):
         make_trainer(tmp_path, tokenizer=tool_tokenizer(), extra={"environment_factory": Environment})
 
 
@@ -518,6 +632,10 @@ def too_few(completion_ids, **columns):
     return [0.0]
 
 
+def infinite(completion_ids, **columns):
+    return [float("-inf")] * len(completion_ids)
+
+
 def unhashable(completion_ids, **columns):
     return [[1]] * len(completion_ids)
 
@@ -526,6 +644,7 @@ def unhashable(completion_ids, **columns):
     "blocks, error, words",
     [
         ([Block("s", too_few, tags="reasoning")], ValueError, "'too_few' returned 1 rewards, but 8"),
+        ([Block("s", infinite, tags="reasoning")], ValueError, "'infinite' returned an infinite reward"),
         (
             [SOLUTION, Block("c", confidence_reward, tags="confidence", outcome=too_few)],
             ValueError,

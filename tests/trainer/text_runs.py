@@ -94,6 +94,8 @@ def make_config(output_dir, config_class=BlockwiseGRPOConfig, **kwargs):
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if config_class is BlockwiseGRPOConfig:
+        arguments["charge_missing"] = False  # the paper's setting
     return config_class(str(output_dir), **(arguments | kwargs))
 
 
