@@ -1,14 +1,14 @@
 """One round of sampling and scoring: what the updates need of it, and the stream of chunks that makes it."""
 
+import glob
 import json
 import logging
 import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -307,12 +307,10 @@ class SampledChunks:
 
     def clear(self) -> None:
         """Deletes the files of this process."""
-        if os.path.isdir(self.folder):
-            for name in os.listdir(self.folder):
-                if name.startswith(self.prefix):
-                    os.remove(os.path.join(self.folder, name))
-            if not os.listdir(self.folder):
-                shutil.rmtree(self.folder, ignore_errors=True)
+        for path in glob.glob(os.path.join(glob.escape(self.folder), f"{self.prefix}*")):
+            os.remove(path)
+        with suppress(OSError):  # of other processes there are files yet, or the folder is gone
+            os.rmdir(self.folder)
 
 
 @dataclass

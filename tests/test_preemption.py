@@ -33,6 +33,14 @@ RUNS = {
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": False, "logging_steps": 1}
 
 
+@pytest.fixture(autouse=True)
+def interrupted_as_in_a_terminal():
+    """Programs in the background of a shell ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     runs = {}

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flow-trl"]
+#
+# [tool.uv.sources]
+# flow-trl = { path = "../..", editable = true }
 # ///
 """
 What can only be seen on a GPU, in under 8 minutes on one: a random transformer of the size of SD3.5-medium at 512 pixels is

@@ -52,7 +52,7 @@ def test_videos(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert [len(frames) for frames in seen] == [5] * 8
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {"train-000001.png", "train-000001.gif"}
+    assert {path.suffix for path in (tmp_path / "images").glob("train-000001.*")} == {".png", ".gif", ".json"}
     assert trainer.watch.gradients[0].norm() > 1e-5
 
 
