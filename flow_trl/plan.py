@@ -588,9 +588,6 @@ class ScriptArguments:
 
 
 def main() -> None:
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     # The method decides the arguments, so it is read first.
     arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
     parser = TrlParser((ScriptArguments, METHODS[arguments.method]))
@@ -605,4 +602,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     main()

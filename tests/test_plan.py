@@ -30,9 +30,13 @@ def acceptance():
 )
 def test_within_15_percent_of_what_was_measured(tmp_path, acceptance, name):
     measured = acceptance["measure"](acceptance["make_trainer"](name, str(tmp_path)))
-    for key, said in acceptance["planned"](name, str(tmp_path)).items():
+    planned = acceptance["planned"](name, str(tmp_path))
+    for key, said in planned.items():
         assert said == pytest.approx(measured[key], rel=0.15), key
     assert measured["ratio"] < 1e-5
+    table = acceptance["tables"]({"plain": measured | {f"plan/{key}": said for key, said in planned.items()}})
+    ratios = [float(line.split("|")[4]) for line in table.splitlines() if "TFLOP, " in line or "peak MB" in line]
+    assert len(ratios) == 5 and ratios == pytest.approx([1] * 5, abs=0.15)
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,28 @@ def run(name: str, part: str) -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def tables(parts: dict[str, dict[str, float]]) -> str:
+    """What was measured in each part, and what was planned beside what was measured in the plain one."""
+    rows = [["", *parts], ["---"] * (len(parts) + 1)]
+    titles = {"largest deviation of the first ratio": "ratio", "share clipped at the first update": "clipped"}
+    titles |= {"seconds of a generation": "seconds/generation", "seconds of its update": "seconds/update"}
+    titles |= {"share of the denoiser in sampling": "share"}
+    for title, key in titles.items():
+        rows.append([title, *(f"{part[key]:.3g}" for part in parts.values())])
+    for x in ("generation", "update"):
+        speeds = [part[f"flop/{x}"] / part[f"seconds/{x}"] / 1e12 for part in parts.values()]
+        rows.append([f"TFLOP/s, {x}", *(f"{speed:.3g}" for speed in speeds)])
+    compared = [["", "measured", "plan", "plan / measured"], ["---"] * 4]
+    plain = parts["plain"]
+    for key in (key.removeprefix("plan/") for key in plain if key.startswith("plan/")):
+        (kind, phase), measured, said = key.split("/"), plain[key], plain[f"plan/{key}"]
+        unit, scale = {"flop": ("TFLOP", 1e12), "bytes": ("peak MB", 1e6)}[kind]
+        compared.append(
+            [f"{unit}, {phase}", f"{measured / scale:.4g}", f"{said / scale:.4g}", f"{said / measured:.3f}"]
+        )
+    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in (rows, compared))
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     on_gpu = torch.cuda.is_available()
@@ -269,36 +291,17 @@ def main() -> None:
                     found |= {f"plan/{key}": value for key, value in planned(models[0], folder).items()}
         print(json.dumps(found))
         return
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
     for name in models:
         parts = {"plain": run(name, "plain")}
         if on_gpu:
             parts["compiled"] = run(name, "compiled")
-        print(f"\n{name} on {device}\n\n| | {' | '.join(parts)} |\n| --- |{' --- |' * len(parts)}")
-        rows = {"largest deviation of the first ratio": ("ratio", 1), "share clipped": ("clipped", 1)}
-        rows |= {
-            f"seconds of a{'n' if x == 'update' else ''} {x}": (f"seconds/{x}", 1) for x in ("generation", "update")
-        }
-        rows |= {"share of the denoiser in sampling": ("share", 1)}
-        for title, (key, scale) in rows.items():
-            print(f"| {title} | {' | '.join(f'{part[key] / scale:.3g}' for part in parts.values())} |")
-        for x in ("generation", "update"):
-            speeds = [f"{part[f'flop/{x}'] / part[f'seconds/{x}'] / 1e12:.3g}" for part in parts.values()]
-            print(f"| TFLOP/s of a{'n' if x == 'update' else ''} {x} | {' | '.join(speeds)} |")
-        print("\n| | measured | plan | plan / measured |\n| --- | --- | --- | --- |")
-        for key, scale, title in [
-            *((f"flop/{x}", 1e12, f"TFLOP, {x}") for x in ("generation", "update")),
-            *((f"bytes/{x}", 1e6, f"peak MB, {x}") for x in ("sampling", "decoding", "updating")),
-        ]:
-            measured, said = parts["plain"][key], parts["plain"][f"plan/{key}"]
-            print(f"| {title} | {measured / scale:.4g} | {said / scale:.4g} | {said / measured:.3f} |")
+        print(f"\n{name} on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}\n\n{tables(parts)}", flush=True)
         if on_gpu:
             fsdp = run(name, "fsdp2")
             print(
                 f"\nFSDP2, {name}: deviation {fsdp['ratio']:.3g}, clipped {fsdp['clipped']:.3g}, {fsdp['seconds']:.1f} s for a"
             )
             print(f"generation and an update, {fsdp['bytes'] / 1e9:.2f} GB")
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":
