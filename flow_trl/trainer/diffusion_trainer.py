@@ -177,7 +177,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             self.add_callback(self.ema)
         self.add_callback(OnPolicyCallback(self))
         self._reference = ReferencePolicy(self.policy, self.is_lora) if args.beta else None
-        if self._reference is not None and not self.is_lora and (args.bf16 or args.fp16):  # computes in the precision of the policy
+        if self._reference is not None and not self.is_lora and self.accelerator.native_amp:
+            # The copy computes in the precision of the policy
             self.accelerator.prepare_model(self._reference.denoiser, evaluation_mode=True)
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None

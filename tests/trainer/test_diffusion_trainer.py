@@ -1300,7 +1300,6 @@ def test_samples_that_are_clipped_at_the_first_update_are_said_once(tmp_path, ca
     assert "clipped by `epsilon=1e-12`" in said and f"Set `epsilon={10 * deviations[0]:.0e}` or more" in said
 
 
-
 # Compiled
 
 

@@ -366,7 +366,9 @@ def test_bf16(tmp_path):
     assert {generation.latents.dtype, generation.log_probs.dtype, generation.advantages.dtype} == {torch.float32}
     assert {weight.dtype for weight in denoiser.parameters() if not weight.requires_grad} == {torch.bfloat16}
     trainer.save_model()
-    assert {weight.dtype for weight in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {torch.float32}
+    assert {weight.dtype for weight in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {
+        torch.float32
+    }
 
 
 def test_bf16_of_all_weights(tmp_path):
