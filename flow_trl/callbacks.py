@@ -99,26 +99,33 @@ class EMACallback(TrainerCallback):
 class OnPolicyCallback(TrainerCallback):
     """
     Ends a training that does not train what it samples: at the first update of a generation the weights are those that
-    sampled it, so every probability ratio must be 1.
+    sampled it, so every probability ratio must be 1. Also logs how far the ratios of that update are from 1
+    (`ratio/first_max_deviation`) and which share of the samples is clipped all the same (`clip_ratio/first_update`), and
+    warns once if these are more than 1%: they train nothing, and no error would say so.
 
     Args:
         trainer ([`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`]):
             The trainer, which adds this callback by itself.
         tolerance (`float`, *optional*, defaults to `1e-2`):
             Largest deviation of a ratio from 1.
+        clipped (`float`, *optional*, defaults to `1e-2`):
+            Largest share of clipped samples without a warning.
 
     Raises:
         RuntimeError: before the optimizer's step, if a ratio deviates by more, or is NaN.
     """
 
-    def __init__(self, trainer: Any, tolerance: float = 1e-2):
-        self.trainer, self.tolerance = trainer, tolerance
+    def __init__(self, trainer: Any, tolerance: float = 1e-2, clipped: float = 1e-2):
+        self.trainer, self.tolerance, self.clipped = trainer, tolerance, clipped
+        self._has_warned = False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step % self.trainer._updates_per_generation:
             return
-        of_update = self.trainer._metrics["ratio/max_deviation"][-args.gradient_accumulation_steps :]
-        deviation = self.trainer.accelerator.gather(torch.stack(of_update)).max().item()
+        names = ("ratio/max_deviation", "clip_ratio/region_mean")
+        of_update = [torch.stack(self.trainer._metrics[name][-args.gradient_accumulation_steps :]) for name in names]
+        deviations, shares = self.trainer.accelerator.gather(torch.stack(of_update)[None]).unbind(1)
+        deviation, share = deviations.max().item(), shares.mean().item()
         if not deviation <= self.tolerance:
             raise RuntimeError(
                 f"At the first update of a generation a probability ratio is {deviation:.3g} away from 1: the denoiser computes "
@@ -126,6 +133,16 @@ class OnPolicyCallback(TrainerCallback):
                 "random part of the call, a condition that is encoded anew, weights that changed in between, lower precision "
                 "than the noise level allows."
             )
+        self.trainer._record({"ratio/first_max_deviation": deviation, "clip_ratio/first_update": share})
+        if share > self.clipped and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "At the first update of a generation %.1f%% of the samples are clipped by `epsilon=%g`, though the weights are those "
+                "that sampled them: rounding alone moves the ratios by up to %.2g from 1, and what is clipped trains nothing. Set "
+                "`epsilon=%.0e` or more, make batches alike (`per_device_rollout_batch_size` equal to "
+                "`per_device_train_batch_size`), or compute in float32 (`bf16=False`, `fp16=False`).",
+                100 * share, args.epsilon, deviation, 10 * deviation,
+            )  # fmt: skip
 
 
 FRAMES_SHOWN, FRAMES_PER_SECOND = 4, 8  # of a video in a grid, and of an animation

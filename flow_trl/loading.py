@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -193,6 +195,36 @@ def prepare_denoisers(
         part = part.get_base_model() if isinstance(part, PeftModel) else part
         part._internal_dict = TrackedConfig(part._internal_dict)
     return adapted or peft_config is not None
+
+
+def compile_denoisers(denoisers: dict[str, torch.nn.Module], accelerator: Accelerator) -> None:
+    """
+    Compiles, if an accelerator was told to, the blocks of which denoisers consist (regional compilation; those that their classes
+    name, else the whole). It is done in place, so what samples is what trains, and weights keep their names; accelerate, which
+    would compile what updates call alone, is told that it is done.
+
+    Args:
+        denoisers (`dict[str, torch.nn.Module]`):
+            Denoisers by name, with their adapters.
+        accelerator ([`~accelerate.Accelerator`]):
+            That which prepares them afterwards.
+
+    Example:
+
+    ```python
+    >>> compile_denoisers({"transformer": pipe.transformer}, Accelerator(dynamo_backend="inductor"))
+    ```
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    options = plugin.to_kwargs()
+    for denoiser in denoisers.values():
+        model = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
+        names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ()
+        for region in [part for part in model.modules() if type(part).__name__ in names] or [model]:
+            region.compile(**options)
+    plugin.backend = DynamoBackend.NO
 
 
 class TrackedConfig(FrozenDict):

@@ -895,6 +895,11 @@ class ReferencePolicy:
         if policy._experts is not None:
             self._policy._experts = Experts(copies)
 
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The denoiser of this policy: the trained one, or the copy."""
+        return self._policy.denoiser
+
     def predict(
         self, latents: torch.Tensor, step_index: int, conditioning: Conditioning, schedule: Schedule
     ) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..conditioning import Conditioning
 from ..console import use_console
 from ..generation import Chunk, Generation, SampledChunks, Sampler
 from ..held_out import Evaluations, upload_completions
-from ..loading import load_pipeline, model_name, place_components, prepare_denoisers
+from ..loading import compile_denoisers, load_pipeline, model_name, place_components, prepare_denoisers
 from ..policy import ModuleProxy, PipelinePolicy, ReferencePolicy, Schedule
 from ..publishing import Publishing
 from ..rollout import Trajectory, euler_step, rollout
@@ -165,6 +165,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
                 "and do not change its batch sizes afterwards."
             )
         place_components(self.pipe, denoisers, self.accelerator.device, args.offload_text_encoders)
+        compile_denoisers(denoisers, self.accelerator)
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.ema = None
         if args.ema_decay:
@@ -176,6 +177,9 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             self.add_callback(self.ema)
         self.add_callback(OnPolicyCallback(self))
         self._reference = ReferencePolicy(self.policy, self.is_lora) if args.beta else None
+        if self._reference is not None and not self.is_lora and self.accelerator.native_amp:
+            # The copy computes in the precision of the policy
+            self.accelerator.prepare_model(self._reference.denoiser, evaluation_mode=True)
         self._generation: Generation | None = None
         self._conditioning: Conditioning | None = None
         self._conditioned: tuple[torch.Tensor | None, Conditioning | None] = None, None

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -1125,6 +1126,7 @@ def test_metrics_of_an_update(tmp_path):
     update |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
     update |= {"total_nfe", "total_reward_calls"}
     generation = {"reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std"}
+    generation |= {"ratio/first_max_deviation", "clip_ratio/first_update"}
     generation |= {"nfe", "reward_calls", "time/sampling", "time/decoding", "time/reward", "time/reward_wait"}
     generation |= {f"{name}/step_{k}" for name in ("turning_points", "incremental_reward") for k in (1, 2)}
     assert second.keys() == update
@@ -1284,3 +1286,77 @@ def test_a_ratio_that_is_not_one_ends_the_training(tmp_path):
     with pytest.raises(RuntimeError, match="first update of a generation a probability ratio is .* away from 1"):
         trainer.train()
     assert torch.equal(weights(trainer), started)  # before the optimizer's step
+
+
+def test_samples_that_are_clipped_at_the_first_update_are_said_once(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, epsilon=1e-12, max_steps=3, check_pipeline=False)
+    trainer.policy.denoiser.proj_out.register_forward_hook(
+        lambda module, given, output: output * (1 + 1e-4) if torch.is_grad_enabled() else output
+    )
+    trainer.train()
+    shares, deviations = logged(trainer, "clip_ratio/first_update"), logged(trainer, "ratio/first_max_deviation")
+    assert shares == pytest.approx(logged(trainer, "clip_ratio/region_mean")[::2]) and min(shares) > 0.01
+    assert deviations == pytest.approx(logged(trainer, "ratio/max_deviation")[::2]) and min(deviations) > 0
+    (said,) = [record.message for record in caplog.records if "At the first update" in record.message]
+    assert "clipped by `epsilon=1e-12`" in said and f"Set `epsilon={10 * deviations[0]:.0e}` or more" in said
+
+
+# Compiled
+
+
+def files_without_wrappers(folder):
+    """The names of all weights in a folder's safetensors files."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    names = [name for path in paths for name in load_file(path)]
+    assert len(paths) > 2 and not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
+    return names
+
+
+@pytest.mark.parametrize("method", ["flow", "ddpo"])
+def test_blocks_are_compiled_in_place(tmp_path, method):
+    names = list(make_trainer(tmp_path, method)._trained)
+    trainer = make_trainer(tmp_path, method, torch_compile=True, torch_compile_backend="eager")
+    modules = list(trainer.policy.denoiser.modules())
+    compiled = {type(module).__name__ for module in modules if module._compiled_call_impl is not None}
+    assert compiled == {{"flow": "JointTransformerBlock", "ddpo": "BasicTransformerBlock"}[method]}
+    assert list(trainer._trained) == names
+    assert trainer.accelerator.state.dynamo_plugin.backend == "NO"  # accelerate wraps nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "backend", "full", "tolerance"),
+    [("flow", "eager", False, 0), ("ddpo", "eager", True, 0), ("flow", "inductor", False, 1e-3)],
+)
+def test_compiled(tmp_path, method, backend, full, tolerance):
+    """What samples, evaluates and trains is compiled, ratios are 1, and what is saved is what an uncompiled run saves."""
+    trainers = []
+    for name, options in {"plain": {}, "compiled": {"torch_compile": True, "torch_compile_backend": backend}}.items():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = {
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "learning_rate": 1e-3,
+            "ema_decay": 0.0,
+            "full": full,
+        }
+        trainer = make_trainer(tmp_path / name, method, evaluation=prompts(2), **config, **options)
+        compiled = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+        for part in (trainer.evaluate, trainer.train):
+            part()
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert compiled == [0, 0, 0] if name == "plain" else compiled[0] < compiled[1] < compiled[2]
+        trainer.save_model()
+        trainers.append(trainer)
+    plain, compiled = trainers
+    assert logged(compiled, "ratio/first_max_deviation")[0] <= 1e-5
+    assert relative(weights(compiled), weights(plain)) <= tolerance
+    assert files_without_wrappers(tmp_path / "compiled") == files_without_wrappers(tmp_path / "plain")
+    if not full:
+        pipe = pipelines.stable_diffusion_3(t5=False)
+        pipe.load_lora_weights(tmp_path / "compiled")
+        loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+        trained = get_peft_model_state_dict(compiled.pipe.transformer)
+        assert loaded.keys() == trained.keys() and all(torch.equal(loaded[key], trained[key]) for key in trained)

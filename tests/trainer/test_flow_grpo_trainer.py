@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl.trainer.utils import nanstd
 
@@ -360,6 +361,22 @@ def test_bf16(tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in trainer._trained.values())
     assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in trainer.watch.gradients)
     assert max(logged(trainer, "ratio/max_deviation")[0::2]) <= 1e-5
+    assert max(logged(trainer, "clip_ratio/first_update")) == 0
+    generation, denoiser = trainer._generation, trainer.policy.denoiser
+    assert {generation.latents.dtype, generation.log_probs.dtype, generation.advantages.dtype} == {torch.float32}
+    assert {weight.dtype for weight in denoiser.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    trainer.save_model()
+    assert {weight.dtype for weight in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {
+        torch.float32
+    }
+
+
+def test_bf16_of_all_weights(tmp_path):
+    """The copy that the KL penalty compares with computes in the same precision: nothing has moved at the first update."""
+    trainer = make_trainer(tmp_path, method="flow", full=True, bf16=True, beta=0.1, max_steps=2, learning_rate=1e-3)
+    trainer.train()
+    first, second = logged(trainer, "kl")
+    assert first == 0 < second
 
 
 def test_a_folder_as_model(tmp_path):

@@ -591,6 +591,7 @@ def test_metrics_of_an_update(tmp_path):
     update |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "critic/loss"}
     update |= {"total_nfe", "total_reward_calls"}
     generation = {"reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std"}
+    generation |= {"ratio/first_max_deviation", "clip_ratio/first_update"}
     generation |= {"nfe", "reward_calls", "time/critic", "kl"}
     generation |= {"time/sampling", "time/decoding", "time/reward", "time/reward_wait"}
     generation |= {"critic/explained_variance", "critic/dormant_share"}
