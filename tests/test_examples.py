@@ -23,7 +23,12 @@ def run(script, *arguments):
 
 @pytest.mark.parametrize(
     ("task", "method"),
-    [("scenes", "control_variate"), ("scenes", "tp_grpo"), ("scenes", "flow_grpo"), ("words", "control_variate")],
+    [
+        ("scenes", "control_variate"),
+        pytest.param("scenes", "tp_grpo", marks=pytest.mark.slow),
+        ("scenes", "flow_grpo"),
+        ("words", "control_variate"),
+    ],
 )
 def test_tp_grpo(tmp_path, task, method):
     if task == "words":
@@ -81,6 +86,7 @@ def test_tdpo_r_and_its_comparison(tmp_path):
     assert Image.open(tmp_path / "over_optimization.png").width > 500
 
 
+@pytest.mark.slow
 def test_critic_inputs_benchmark():
     output = run("benchmarks/critic_inputs.py", "--num_images", "4", "--num_inference_steps", "2", "--repeats", "1")
     rows = rows_of(output)
@@ -127,7 +133,7 @@ def test_blockwise_grpo(tmp_path, method):
         assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
 
 
-@pytest.mark.parametrize("method", ["group", "grpo"])
+@pytest.mark.parametrize("method", ["group", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_blockwise_two_attempts(tmp_path, method):
     rows = rows_of(run("blockwise_two_attempts.py", "--method", method, "--output_dir", str(tmp_path), *SMALL))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -182,6 +188,7 @@ def test_blockwise_step_benchmark():
     assert rows["GRPOTrainer"][1] == "1.000" and float(rows["BlockwiseGRPOTrainer"][1]) > 0
 
 
+@pytest.mark.slow
 def test_baseline_fidelity_benchmark(tmp_path):
     arguments = ["--num_prompts", "4", "--num_generations", "4", "--num_continuations", "4"]
     rows = rows_of(run("benchmarks/baseline_fidelity.py", *arguments, "--output_dir", str(tmp_path)))
@@ -200,6 +207,7 @@ def test_rollout_benchmark():
     assert "| 1 | 100.0% |" in output
 
 
+@pytest.mark.slow
 def test_generation_memory_benchmark():
     output = run("benchmarks/generation_memory.py", "--sizes", "16")
     scored, seconds, peak, held, kept = map(float, rows_of(output)["16"])
