@@ -183,6 +183,7 @@ def test_quickstart_notebook(tmp_path):
     assert (tmp_path / "outputs/quickstart/README.md").is_file()
 
 
+@pytest.mark.slow
 def test_blockwise_step_benchmark():
     rows = rows_of(run("benchmarks/blockwise_step.py", "--num_completions", "16", "--steps", "2", "--turns", "1"))
     assert rows["GRPOTrainer"][1] == "1.000" and float(rows["BlockwiseGRPOTrainer"][1]) > 0
@@ -197,6 +198,7 @@ def test_baseline_fidelity_benchmark(tmp_path):
     assert Image.open(tmp_path / "baseline_fidelity.png").width > 500
 
 
+@pytest.mark.slow
 def test_rollout_benchmark():
     output = run("benchmarks/rollout.py", "--num_images", "4", "--num_generations", "2", "--repeats", "1")
     rows = {cells[1].strip(): cells[2:] for line in output.splitlines() if len(cells := line.split("|")) == 9}
