@@ -259,9 +259,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 def test_language_models_too(tmp_path, caplog):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     text_runs.make_trainer(tmp_path, **config).train()
-    trainer = text_runs.make_trainer(tmp_path, blocks=text_runs.make_blocks(weight=2.0), **config)
-    with pytest.raises(ValueError, match="`blocks` was"):
-        trainer.train(resume_from_checkpoint=True)
+    for other in ({"weight": 2.0}, {"missing_reward": -0.5}, {"occurrence": "first"}):
+        trainer = text_runs.make_trainer(tmp_path, blocks=text_runs.make_blocks(**other), **config)
+        with pytest.raises(ValueError, match="`blocks` was"):
+            trainer.train(resume_from_checkpoint=True)
     trainer = text_runs.make_trainer(tmp_path, temperature=0.5, **config)
     with pytest.raises(ValueError, match="`temperature` was 1.0, now 0.5"):
         trainer.train(resume_from_checkpoint=True)

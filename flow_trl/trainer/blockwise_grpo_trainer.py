@@ -2,6 +2,7 @@
 
 import textwrap
 from collections import Counter
+from dataclasses import fields
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -178,12 +179,13 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
     def _known(self) -> dict[str, Any]:
         model = self.model
         lora = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
-        blocks = [[b.name, b.tags, b.pattern, b.weight, list(b.reward_weights)] for b in self.blocks]
+        settings = [field.name for field in fields(Block) if field.compare and field.name != "reward_funcs"]
+        blocks = [{name: getattr(block, name) for name in settings} for block in self.blocks]
         return super()._known() | adapter(lora) | {
             "model": model.config._name_or_path,
             "base_weights": sampled_digest(weight for weight in model.parameters() if not weight.requires_grad),
             "reward_funcs": self.reward_func_names,
-            "blocks": as_json(blocks),
+            "blocks": as_json([*blocks, self._block_of_func]),
         }  # fmt: skip
 
     @property
