@@ -27,7 +27,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
@@ -141,10 +140,7 @@ def make_trainer(
         model = arguments.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     shared = {"args": args, "train_dataset": train_dataset, "processing_class": tokenizer}
-    if arguments.lora_rank:
-        shared["peft_config"] = LoraConfig(
-            r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear"
-        )
+    shared |= {"peft_config": arguments.peft_config}
     if arguments.method in ("rlcr", "grpo"):
         trainer = GRPOTrainer(model, scalar, **shared)
         use_console(trainer)

@@ -41,6 +41,7 @@ MEASURES = {
     "majority": "majority vote", "highest_confidence": "highest confidence", "weighted_majority": "weighted majority",
     "first_accuracy": "first attempt right", "second_accuracy": "second attempt right",
 }  # fmt: skip
+COUNTS = {"unparsable", "num_completions", "num_confidences"}  # said in words
 
 
 @dataclass
@@ -429,13 +430,12 @@ def _measures(folder: Path, trainer: Any) -> list[Table]:
             Result(key, MEASURES.get(key, key), number(value), number(after.get(f"{key}_se")), number(before.get(key)),
                    number(before.get(f"{key}_se")))
             for key, value in after.items()
-            if number(value) is not None and not key.endswith("_se") and key != "unparsable"
+            if number(value) is not None and not key.endswith("_se") and key not in COUNTS
         ]  # fmt: skip
         found.sort(key=lambda result: [*MEASURES, result.metric].index(result.metric))
         title = "Held out, ± standard error."
         if "bins" in after:
-            stated = sum(after["bins"]["count"])
-            total = round(stated / (1 - after["unparsable"])) if after["unparsable"] < 1 else "all"
+            stated, total = after["num_confidences"], after["num_completions"]
             title = f"Held out, ± standard error. {stated} of {total} completions had a confidence"
             title += ", without which they do not count for ECE, AUROC and Brier score."
         return [Table(title, "measure", found, trainer.eval_dataset, "held-out problems")]
@@ -492,18 +492,14 @@ def language_card(
             }
         )
     names = ["learning_rate", "num_generations", "generation_batch_size", "num_iterations", "temperature", "beta", "epsilon",
-             "loss_type", "scale_rewards", "baseline", "min_stratum_size", "shrinkage", "leave_one_out",
+             "loss_type", "scale_rewards", "baseline", "charge_missing", "min_stratum_size", "shrinkage", "leave_one_out",
              "max_completion_length", "seed"]  # fmt: skip
-    hyperparameters = {"updates": trainer.state.global_step} | {name: getattr(args, name) for name in names}
+    updates = trainer.state.global_step
+    hyperparameters = {"updates": updates} | {name: getattr(args, name) for name in names}
     if is_lora:
         hyperparameters["LoRA rank, alpha"] = f"{lora.r}, {lora.lora_alpha}"
     seen = {"tokens": int(trainer.state.num_input_tokens_seen)} if trainer.state.num_input_tokens_seen else {}
-    updates = trainer.state.global_step
-    cost = {
-        "sampled completions": updates
-        * args.generation_batch_size
-        // max(1, args.steps_per_generation * args.num_iterations)
-    }
+    sampled = updates * args.generation_batch_size // max(1, args.steps_per_generation * args.num_iterations)
     pictures = {"Reliability diagram": "reliability_diagram.png"}
     return _card(
         trainer,
@@ -526,6 +522,6 @@ def language_card(
         example=prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt),
         blocks=blocks,
         hyperparameters=hyperparameters,
-        cost={**cost, **seen, **_hours(trainer), "hardware": _hardware(trainer)},
+        cost={"sampled completions": sampled, **seen, **_hours(trainer), "hardware": _hardware(trainer)},
         versions=_versions("trl", "transformers", "torch"),
     )

@@ -116,6 +116,14 @@ class TextArguments:
     eval_size: int = field(default=400, metadata={"help": "Largest number of held-out problems."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA; 0 trains all weights."})
 
+    @property
+    def peft_config(self) -> Any:
+        """The LoRA, or `None` if all weights are trained."""
+        from peft import LoraConfig
+
+        rank = self.lora_rank
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
+
 
 @dataclass
 class TaskArguments(TextArguments):
@@ -264,8 +272,6 @@ def _train_images(command: str, arguments: ImageArguments, args: Any) -> None:
 
 
 def _train_text(command: str, arguments: TaskArguments, args: Any) -> None:
-    from peft import LoraConfig
-
     from .rewards import import_dotted
     from .tasks import confidence_task, two_attempt_task
 
@@ -276,14 +282,13 @@ def _train_text(command: str, arguments: TaskArguments, args: Any) -> None:
         )
     task = (named.get(arguments.task) or import_dotted(arguments.task, "task"))()
     train_dataset, eval_dataset = load_problems(arguments, task)
-    lora = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "target_modules": "all-linear"}
     trainer = flow_trl.BlockwiseGRPOTrainer(
         model=arguments.model_name_or_path,
         blocks=task.blocks,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
-        peft_config=LoraConfig(**lora) if arguments.lora_rank else None,
+        peft_config=arguments.peft_config,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -464,15 +464,14 @@ def make_screen() -> Plain | Rich | Notebook:
 def _inline(image: Image.Image) -> str | None:
     """The code that shows a picture in the terminal, if it is known to understand one."""
     program, kind = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
-    if not sys.stdout.isatty():
+    is_iterm, is_kitty = program in ("iTerm.app", "WezTerm"), kind == "xterm-kitty" or program == "ghostty"
+    if not sys.stdout.isatty() or not (is_iterm or is_kitty):
         return None
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    if program in ("iTerm.app", "WezTerm"):
+    if is_iterm:
         return f"\033]1337;File=inline=1:{data}\a"
-    if kind == "xterm-kitty" or program == "ghostty":
-        parts = [data[i : i + 4096] for i in range(0, len(data), 4096)]
-        codes = [f"m={int(i < len(parts) - 1)};{part}" for i, part in enumerate(parts)]
-        return "".join(f"\033_G{'f=100,a=T,' if i == 0 else ''}{code}\033\\" for i, code in enumerate(codes))
-    return None
+    parts = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+    codes = [f"m={int(i < len(parts) - 1)};{part}" for i, part in enumerate(parts)]
+    return "".join(f"\033_G{'f=100,a=T,' if i == 0 else ''}{code}\033\\" for i, code in enumerate(codes))

@@ -267,8 +267,8 @@ class TransformersDetector:
     """
     Finds objects in photos with an instance segmentation model of transformers, and tells their colours.
 
-    The default model is GenEval's detector, Mask2Former with a Swin-L backbone trained on COCO's 80 classes (GenEval
-    runs it through mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes
+    The default model is Mask2Former with a Swin-L backbone trained on COCO's 80 classes (GenEval runs the one with a
+    Swin-S backbone, through mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes
     "computer keyboard"). The colour of an object is the one of GenEval's ten colours that is the nearest to most
     pixels of its mask; GenEval asks a CLIP model instead.
 
