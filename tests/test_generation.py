@@ -64,6 +64,22 @@ def test_each_process_clears_its_own_chunks(tmp_path):
     stores[1].clear()
 
 
+def test_processes_clear_their_chunks_at_the_same_time(tmp_path, monkeypatch):
+    store, other = (SampledChunks(tmp_path, process, "key") for process in (0, 1))
+    for one in (store, other):
+        one.save(Chunk(0, [1]), trajectory(1), 10)
+    remove = os.remove
+
+    def remove_while_the_other_does(path):
+        remove(path)
+        monkeypatch.setattr(os, "remove", remove)
+        other.clear()
+
+    monkeypatch.setattr(os, "remove", remove_while_the_other_does)
+    store.clear()
+    assert not (tmp_path / "_sampled").exists()
+
+
 def test_trajectories_of_chunks_are_those_of_the_whole():
     whole = trajectory(5)
     first, last = (
