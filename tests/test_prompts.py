@@ -9,8 +9,7 @@ from flow_trl.prompts import describe as describe_scene
 from flow_trl.rewards.scene import GENEVAL_COLORS
 
 
-REAL = Path(__file__).parents[1] / "shared" / "data" / "geneval_test.jsonl"
-REAL = REAL if REAL.is_file() else Path("/work/shared/data/geneval_test.jsonl")
+REAL = Path(__file__).parents[2] / "shared" / "data" / "geneval_test.jsonl"
 
 
 def content(row):

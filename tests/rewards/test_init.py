@@ -14,6 +14,7 @@ from flow_trl.rewards.jpeg import jpeg_compressibility
 from flow_trl.tiny.scenes import render_scene, render_word
 
 
+ON_THE_HUB = ("aesthetic", "clip_score", "pickscore")  # their weights, see test_clip.py
 SCENES = ("geneval", "geneval_strict", "scene", "scene_strict")
 
 
@@ -27,10 +28,8 @@ def detector(monkeypatch):
     rewards._detector.cache_clear()
 
 
-@pytest.mark.parametrize("name", BUILT_IN_REWARDS)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN_REWARDS if name not in ON_THE_HUB])
 def test_built_in_reward_by_name(detector, name):
-    if name in ("aesthetic", "clip_score", "pickscore"):
-        pytest.skip("its weights are on the Hub, see test_clip.py")
     if name == "ocr":
         pytest.importorskip("rapidocr_onnxruntime")
     reward_func = get_reward_func(name)
