@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 
+from . import metrics
 from .rewards.text import (
     completion_text,
     confidence_format_reward,
@@ -326,7 +326,8 @@ def score_confidence(
         "bins": {"lower": [], "count": [], "confidence": [], "accuracy": []}
     }
     if stated.any():
-        calibration = _load_metric("calibration").compute(
+        calibration = _metric(
+            "calibration",
             predictions=[confidence for confidence in flat if confidence is not None],
             references=right[stated],
             groups=prompt[stated] if resample_prompts else None,
@@ -338,7 +339,8 @@ def score_confidence(
     results["brier_strict"] = float(np.mean(losses))
 
     smallest = min(len(row) for row in texts)
-    results |= _load_metric("confidence_voting").compute(
+    results |= _metric(
+        "confidence_voting",
         predictions=[_merge([read_answer(text, strict) for text in row], correct) for row in texts],
         references=[str(answer) for answer in answers],
         confidences=confidences,
@@ -365,8 +367,10 @@ def _merge(answers: list[str | None], correct: Correct) -> list[str | None]:
     return [kept.get(answer) for answer in answers]
 
 
-def _load_metric(name: str) -> evaluate.EvaluationModule:
-    return evaluate.load(str(Path(__file__).parent / "metrics" / name), keep_in_memory=True)
+def _metric(name: str, **inputs: Any) -> dict[str, Any]:
+    """Results of a metric, numbers throughout: NaN where it has none."""
+    results = metrics.load(name, keep_in_memory=True).compute(**inputs)
+    return {name: math.nan if value is None else value for name, value in results.items()}
 
 
 # Two attempts

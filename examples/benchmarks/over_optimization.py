@@ -16,13 +16,13 @@ of them, its value at the highest trained reward that all runs reached, and draw
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
 from transformers import HfArgumentParser
 
-import flow_trl
+from flow_trl import metrics
 from flow_trl.callbacks import cross_reward_figure
 
 
@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> None:
     prefix = "eval_over_optimization/"
     names = [key.removeprefix(prefix) for key in first if key.startswith(prefix)]
     rows = [(run, entry) for run, entries in evaluations.items() for entry in entries]
-    metric = evaluate.load(str(Path(flow_trl.__file__).parent / "metrics" / "cross_reward_generalization"))
+    metric = metrics.load("cross_reward_generalization")
     results = metric.compute(
         methods=[run.rpartition("-")[0] for run, _ in rows],
         runs=[run for run, _ in rows],
@@ -75,7 +75,7 @@ def main(arguments: Arguments) -> None:
         last = [entries[-1]["eval_reward"] for run, entries in evaluations.items() if run.rpartition("-")[0] == method]
         cells = [method, ", ".join(f"{value:.3f}" for value in last)]
         for name in names:
-            value = results[name][method]
+            value = {key: math.nan if found is None else found for key, found in results[name][method].items()}
             cells.append(
                 f"{value['value_at_matched']:.3f} ± {value['value_at_matched_se']:.3f}, "
                 f"{value['change_from_start']:+.3f} ± {value['change_from_start_se']:.3f}, "

@@ -30,14 +30,14 @@ Returns:
 
     - `accuracy` (`float`): mean of c.
     - `auroc` (`float`): probability that a correct answer has a higher confidence than a wrong one, ties counted half,
-      in [0, 1]. NaN if all answers are correct or all are wrong.
+      in [0, 1]. `None` if all answers are correct or all are wrong.
     - `brier` (`float`): mean of (q - c)^2, in [0, 1]; lower is better.
     - `ece` (`float`): mean over samples of |accuracy - mean confidence| of the sample's bin, in [0, 1]; lower is
       better. The bins are [0, 0.1), [0.1, 0.2), ..., [0.9, 1), and 1 has a bin of its own.
     - `accuracy_se`, `auroc_se`, `brier_se`, `ece_se` (`float`): their standard errors, by bootstrap; that of the accuracy
-      is std / sqrt(n) unless there are `groups`. NaN if there is nothing to resample: one sample or one group.
+      is std / sqrt(n) unless there are `groups`. `None` if there is nothing to resample: one sample or one group.
     - `bins` (`dict[str, list]`): for each of the eleven bins its `lower` end, `count`, mean `confidence` and `accuracy`;
-      the last two are NaN where the bin is empty.
+      the last two are `None` where the bin is empty.
 
 Raises:
     ValueError: if there are no samples, if the inputs differ in length, if a confidence is not in [0, 1] or a reference
@@ -45,7 +45,7 @@ Raises:
 
 Examples:
 
-    >>> calibration = evaluate.load("flow_trl/metrics/calibration")
+    >>> calibration = flow_trl.metrics.load("calibration")
     >>> results = calibration.compute(predictions=[0.9, 0.8, 0.8, 0.3, 1.0], references=[1, 1, 0, 0, 1])
     >>> {name: round(results[name], 3) for name in ("accuracy", "auroc", "brier", "ece")}
     {'accuracy': 0.6, 'auroc': 0.917, 'brier': 0.156, 'ece': 0.2}
@@ -138,13 +138,11 @@ class Calibration(evaluate.Metric):
 
         count = np.bincount(bins, minlength=len(LOWER_ENDS))
         with np.errstate(invalid="ignore"):  # 0 / 0 of an empty bin is NaN
-            results["bins"] = {
-                "lower": LOWER_ENDS.tolist(),
-                "count": count.tolist(),
-                "confidence": (np.bincount(bins, q, len(LOWER_ENDS)) / count).tolist(),
-                "accuracy": (np.bincount(bins, c, len(LOWER_ENDS)) / count).tolist(),
-            }
-        return results
+            means = [(np.bincount(bins, values, len(LOWER_ENDS)) / count).tolist() for values in (q, c)]
+        confidence, accuracy = ([None if np.isnan(value) else value for value in values] for values in means)
+        results = {name: None if np.isnan(value) else value for name, value in results.items()}
+        lower, count = LOWER_ENDS.tolist(), count.tolist()
+        return results | {"bins": {"lower": lower, "count": count, "confidence": confidence, "accuracy": accuracy}}
 
 
 def _checked(predictions, references):

@@ -1,7 +1,4 @@
-from pathlib import Path
-
-import evaluate
-from evaluate.utils import launch_gradio_widget
+from flow_trl.metrics.spaces import launch
 
 
-launch_gradio_widget(evaluate.load(str(Path(__file__).with_name("confidence_voting.py"))))
+launch(__file__)

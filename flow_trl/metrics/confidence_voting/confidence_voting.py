@@ -35,7 +35,7 @@ Returns:
     - `majority`: accuracy of the most frequent answer.
     - `highest_confidence`: accuracy of the answer with the highest confidence.
     - `weighted_majority`: accuracy of the answer whose confidences have the highest sum.
-    - `{name}_se` for each of these: its standard error over prompts, std / sqrt(number of prompts). NaN for one prompt.
+    - `{name}_se` for each of these: its standard error over prompts, std / sqrt(number of prompts). `None` for one prompt.
 
     Where several answers are tied, the mean of their accuracies counts, so the results do not depend on an order.
     `highest_confidence` ties samples, the others distinct answers. A prompt whose answers are all missing counts as 0.
@@ -46,7 +46,7 @@ Raises:
 
 Examples:
 
-    >>> voting = evaluate.load("flow_trl/metrics/confidence_voting")
+    >>> voting = flow_trl.metrics.load("confidence_voting")
     >>> voting.compute(
     ...     predictions=[["4", "5", "5", None], ["7", "7", "8", "9"]],
     ...     references=["4", "7"],
@@ -115,8 +115,8 @@ class ConfidenceVoting(evaluate.Metric):
         results = {}
         for name, values in scores.items():
             results[name] = float(np.mean(values))
-            se = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            results[f"{name}_se"] = float(se)
+            several = len(values) > 1
+            results[f"{name}_se"] = float(np.std(values, ddof=1) / math.sqrt(len(values))) if several else None
         return results
 
 

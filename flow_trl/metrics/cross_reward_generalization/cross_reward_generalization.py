@@ -34,11 +34,11 @@ Returns:
     `dict[str, float]` of means over the method's runs:
 
     - `value_at_matched`: the out-of-domain reward where the run first reaches `matched_score`, by linear interpolation
-      between the two checkpoints around it. NaN if a run never reaches that score or starts above it.
+      between the two checkpoints around it. `None` if a run never reaches that score or starts above it.
     - `change_from_start`: that value minus the one of the run's first checkpoint; negative where the reward fell.
     - `rank_correlation`: Spearman's, between in-domain and out-of-domain reward over all checkpoints of a run, in
-      [-1, 1]. NaN if either is constant in a run.
-    - `{name}_se` for each of these: its standard error over runs, std / sqrt(number of runs). NaN for one run.
+      [-1, 1]. `None` if either is constant in a run.
+    - `{name}_se` for each of these: its standard error over runs, std / sqrt(number of runs). `None` for one run.
 
 Raises:
     ValueError: if there are no checkpoints, if the inputs differ in length, if a value is not finite, if a checkpoint
@@ -46,7 +46,7 @@ Raises:
 
 Examples:
 
-    >>> cross_reward = evaluate.load("flow_trl/metrics/cross_reward_generalization")
+    >>> cross_reward = flow_trl.metrics.load("cross_reward_generalization")
     >>> results = cross_reward.compute(
     ...     methods=["DDPO", "DDPO", "DDPO", "TDPO-R", "TDPO-R", "TDPO-R"],
     ...     in_domain=[5.0, 6.0, 8.0, 5.0, 6.0, 7.0],
@@ -167,7 +167,6 @@ def _over_runs(scores):
     results = {}
     for name in scores[0]:
         values = [of_run[name] for of_run in scores]
-        results[name] = float(np.mean(values))
-        se = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        results[f"{name}_se"] = float(se)
-    return results
+        results[name] = np.mean(values)
+        results[f"{name}_se"] = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {name: None if math.isnan(value) else float(value) for name, value in results.items()}

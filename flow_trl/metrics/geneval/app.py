@@ -1,0 +1,4 @@
+from flow_trl.metrics.spaces import launch
+
+
+launch(__file__)

@@ -1,0 +1,148 @@
+"""Metrics as Spaces of the Hub: the app that shows one, and what is pushed."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import evaluate
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from . import FOLDER, NAMES
+
+
+if TYPE_CHECKING:
+    import gradio
+
+
+def space_files(name: str, requirement: str = "flow-trl") -> dict[str, bytes]:
+    """
+    The files of a metric's Space.
+
+    Args:
+        name (`str`):
+            Name of a metric.
+        requirement (`str`, *optional*, defaults to `"flow-trl"`):
+            What `pip` is to install for flow-trl, such as `"flow-trl @ git+https://..."`.
+
+    Returns:
+        `dict[str, bytes]`: contents by file name.
+
+    Raises:
+        ValueError: if there is no such metric.
+
+    Example:
+
+    ```python
+    >>> sorted(space_files("calibration"))
+    ['README.md', 'app.py', 'calibration.py', 'requirements.txt', 'tests.py']
+    ```
+    """
+    if name not in NAMES:
+        raise ValueError(f"`names` holds {name!r}, which is no metric. There are {', '.join(map(repr, NAMES))}.")
+    files = {path.name: path.read_bytes() for path in (FOLDER / name).iterdir() if path.is_file()}
+    lines = files["requirements.txt"].decode().splitlines()
+    package, *source = requirement.split(" @ ")
+    for index, line in enumerate(lines):
+        if line.startswith("flow-trl"):  # whose extras stay
+            lines[index] = " @ ".join([line.replace("flow-trl", package), *source])
+    return files | {"requirements.txt": "".join(f"{line}\n" for line in lines).encode()}
+
+
+def push(
+    namespace: str, names: list[str] | None = None, *, private: bool = False, requirement: str = "flow-trl"
+) -> list[str]:
+    """
+    Pushes metrics to the Hub, each as a Space that shows it and from which `evaluate.load("namespace/name")` loads it.
+
+    Args:
+        namespace (`str`):
+            User or organisation.
+        names (`list[str]`, *optional*):
+            Names of metrics. Defaults to all.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether new Spaces are private.
+        requirement (`str`, *optional*, defaults to `"flow-trl"`):
+            What `pip` is to install for flow-trl, such as `"flow-trl @ git+https://..."`.
+
+    Returns:
+        `list[str]`: addresses of the Spaces.
+
+    Raises:
+        ValueError: if there is no such metric, before anything is pushed, or `namespace` is none.
+
+    Example:
+
+    ```python
+    >>> push("user", ["calibration"])
+    ['https://huggingface.co/spaces/user/calibration']
+    ```
+    """
+    if not namespace or "/" in namespace:
+        raise ValueError(f"`namespace` is {namespace!r}: it must be a user or an organisation of the Hub.")
+    spaces = {name: space_files(name, requirement) for name in names or NAMES}
+    api, addresses = HfApi(), []
+    for name, files in spaces.items():
+        repo_id = f"{namespace}/{name}"
+        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(repo_id, operations, commit_message=f"The metric {name} of flow_trl", repo_type="space")
+        addresses.append(str(url))
+    return addresses
+
+
+def app(folder: str | Path) -> "gradio.Interface":
+    """
+    The app of a metric's Space: arguments of `compute` as JSON (and images), its results, the test cases as examples, the card.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the metric, of any name.
+
+    Returns:
+        `gradio.Interface`
+
+    Example:
+
+    ```python
+    >>> app("flow_trl/metrics/calibration").launch()
+    ```
+    """
+    import gradio
+
+    folder = Path(folder)
+    (script,) = (path for path in folder.glob("*.py") if path.stem not in ("app", "tests"))
+    metric = evaluate.load(str(script), keep_in_memory=True)
+    formats = metric.features if isinstance(metric.features, list) else [metric.features]
+    images = next((key for key, value in formats[-1].items() if isinstance(value, datasets.Image)), None)
+
+    def compute(arguments: str, gallery: list | None = None) -> dict[str, Any]:
+        try:
+            given = json.loads(arguments)
+            return metric.compute(**given, **({images: [image for image, _ in gallery]} if gallery else {}))
+        except Exception as error:
+            raise gradio.Error(f"{type(error).__name__}: {error}") from error
+
+    inputs = [gradio.Code(language="json", label="Arguments of compute()")]
+    if images:
+        inputs.append(gradio.Gallery(type="pil", label=images, file_types=["image"]))
+    examples = []
+    for case in runpy.run_path(str(folder / "tests.py"))["test_cases"]:
+        given = {name: value for name, value in case.items() if name != "result"}
+        pictures = given.pop(images) if images and not isinstance(given[images][0], list | str) else None
+        examples.append([json.dumps(given, indent=2), *([pictures] if images else [])])
+    inputs[0].value = examples[0][0]
+    if images and examples[0][1]:
+        inputs[1].value = inputs[1].postprocess(examples[0][1])
+    card = (folder / "README.md").read_text().split("---\n", 2)[-1]
+    return gradio.Interface(
+        compute, inputs, gradio.JSON(label="Results"), title=metric.name, description=metric.info.description,
+        article=card, flagging_mode="never", api_name="compute",
+        examples=[example[0] for example in examples] if not images else None,
+    )  # fmt: skip
+
+
+def launch(file: str) -> None:
+    """Starts the app of the metric beside an `app.py`."""
+    app(Path(file).parent).launch()
