@@ -131,7 +131,9 @@ def test_blockwise_grpo(tmp_path, method):
         assert "![Reliability diagram](reliability_diagram.png)" in card.text
         measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
-        assert not {"num_completions", "num_confidences"} & measured.keys() and "| charge_missing | True |" in card.text
+        assert (
+            not {"num_completions", "num_confidences"} & measured.keys() and "| charge_missing | True |" in card.text
+        )
 
 
 @pytest.mark.parametrize("method", ["group", pytest.param("grpo", marks=pytest.mark.slow)])

@@ -50,7 +50,9 @@ def load(name: str, **kwargs: Any) -> "evaluate.EvaluationModule":
     import evaluate
 
     if name not in NAMES:
-        raise ValueError(f"`name` is {name!r}, which is no metric of flow_trl. There are {', '.join(map(repr, NAMES))}.")
+        raise ValueError(
+            f"`name` is {name!r}, which is no metric of flow_trl. There are {', '.join(map(repr, NAMES))}."
+        )
     return evaluate.load(str(FOLDER / name), **kwargs)
 
 
@@ -83,3 +85,29 @@ def summarize(name: str, values: Sequence[float]) -> dict[str, float | None]:
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
     return {name: mean, f"{name}_se": error}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    r"""
+    The chance that one or more of k of n answers is correct, of which c are, \\( 1 - \binom{n - c}{k} / \binom{n}{k} \\)
+    ([Chen et al.](https://huggingface.co/papers/2107.03374)).
+
+    Args:
+        n (`int`):
+            Number of answers.
+        c (`int`):
+            How many of them are correct.
+        k (`int`):
+            How many are drawn, from 1 to `n`.
+
+    Returns:
+        `float`: in [0, 1].
+
+    Example:
+
+    ```python
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    ```
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)

@@ -27,13 +27,17 @@ class OCRReward:
 
     The score is `1 - min(d / n, 1)`, where `d` is the edit distance (Levenshtein) between the text read and the target
     and `n` the target's length, both without spaces and in lower case: 1 for a perfect reading, 0 where nothing of it
-    can be read. This is the text-rendering reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), except
-    that text beside the target costs here (Flow-GRPO's code gives 1 whenever the reading contains the target).
+    can be read. With `contained=True` a reading that contains the target scores 1, whatever stands beside it: the rule of
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470), which as a reward is called `"ocr_flow_grpo"`.
 
     Images whose longer side is at most 64 pixels are read as one word, in batches (about 6 ms each on one CPU core).
     In larger ones text is looked for first, and all that is found is joined from top to bottom (about 60 ms at
     256 x 256 and 110 ms at 512 x 512). Images are read in parallel, by as many threads as torch has
     (`torch.get_num_threads()`) when the reward is constructed, at most 8.
+
+    Args:
+        contained (`bool`, *optional*, defaults to `False`):
+            Whether text beside the target costs nothing.
 
     Raises:
         MissingExtraError: if the packages of the extra `ocr` are not installed.
@@ -52,13 +56,14 @@ class OCRReward:
     ```
     """
 
-    __name__ = "ocr"
     takes_videos = False
 
-    def __init__(self):
+    def __init__(self, contained: bool = False):
+        self.__name__ = "ocr_flow_grpo" if contained else "ocr"
+        self.contained = contained
         purpose = "The OCR reward (Python 3.12 at most)"
         engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=purpose)
-        self._distance = import_extra("rapidfuzz.distance", extra="ocr", purpose=purpose).Levenshtein.distance
+        import_extra("rapidfuzz", extra="ocr", purpose=purpose)
         self._local = threading.local()
 
         def start():
@@ -96,17 +101,26 @@ class OCRReward:
         """
         refuse_videos(self.__name__, images)
         targets = [
-            _normalise(_quoted(prompt) if target is None else target)
+            _quoted(prompt) if target is None else target
             for prompt, target in zip(prompts, text or [None] * len(prompts), strict=True)
         ]
         scores: list[float | None] = [None] * len(images)
-        asked = [i for i, target in enumerate(targets) if target]
-        for i, reading in zip(asked, self._read([images[i] for i in asked]), strict=True):
-            distance = self._distance(_normalise(reading), targets[i])
-            scores[i] = 1 - min(distance / len(targets[i]), 1)
+        asked = [i for i, target in enumerate(targets) if target.strip()]
+        for i, reading in zip(asked, self.read([images[i] for i in asked]), strict=True):
+            scores[i] = reading_score(reading, targets[i], self.contained)
         return scores
 
-    def _read(self, images: list[Image.Image]) -> list[str]:
+    def read(self, images: list[Image.Image]) -> list[str]:
+        """
+        Reads images.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                Images of any size and mode.
+
+        Returns:
+            `list[str]`: the text in each of them, `""` where there is none.
+        """
         small = [i for i, image in enumerate(images) if max(image.size) <= SMALL_SIDE]
         tasks = [small[start : start + BATCH_SIZE] for start in range(0, len(small), BATCH_SIZE)]
         tasks += [[i] for i in range(len(images)) if max(images[i].size) > SMALL_SIDE]
@@ -135,5 +149,36 @@ def _quoted(prompt: str) -> str:
     return match[1] if match else ""
 
 
-def _normalise(text: str) -> str:
-    return "".join(text.split()).lower()
+def reading_score(reading: str, target: str, contained: bool = False) -> float:
+    """
+    How well a text was read, `1 - min(d / n, 1)`, see [`OCRReward`].
+
+    Args:
+        reading (`str`):
+            What was read.
+        target (`str`):
+            What should be there.
+        contained (`bool`, *optional*, defaults to `False`):
+            Whether a reading that contains the target scores 1.
+
+    Returns:
+        `float`: in [0, 1].
+
+    Raises:
+        ValueError: if `target` is blank.
+        MissingExtraError: if the packages of the extra `ocr` are not installed.
+
+    Example:
+
+    ```python
+    >>> reading_score("Open 24 h", "OPEN"), reading_score("Open 24 h", "OPEN", contained=True)
+    (0.25, 1.0)
+    ```
+    """
+    levenshtein = import_extra("rapidfuzz.distance", extra="ocr", purpose="Comparing readings").Levenshtein
+    reading, target = ("".join(text.split()).lower() for text in (reading, target))
+    if not target:
+        raise ValueError("`target` is blank: there is nothing to read.")
+    if contained and target in reading:
+        return 1.0
+    return 1 - min(levenshtein.distance(reading, target) / len(target), 1)

@@ -1,14 +1,19 @@
 """GenEval-style reward: do the objects found in an image match a scene's metadata?"""
 
+import inspect
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from . import refuse_videos
+from .clip import OPENAI_CLIP, ClipEncoder
 
 
 @dataclass
@@ -25,6 +30,8 @@ class Detection:
             Left, top, right and bottom edge in pixels.
         score (`float`, *optional*, defaults to `1.0`):
             Confidence in [0, 1].
+        mask (`PIL.Image.Image`, *optional*):
+            Of the image's size, of mode `"L"`: 255 where the object is, else 0.
 
     Example:
 
@@ -38,23 +45,17 @@ class Detection:
     color: str | None
     box: tuple[float, float, float, float]
     score: float = 1.0
+    mask: Image.Image | None = field(default=None, repr=False, compare=False)
 
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
-MASK2FORMER = "facebook/mask2former-swin-large-coco-instance"
-GENEVAL_COLORS = {
-    "red": (220, 30, 30),
-    "orange": (250, 140, 20),
-    "yellow": (245, 220, 40),
-    "green": (40, 150, 50),
-    "blue": (40, 80, 210),
-    "purple": (130, 50, 170),
-    "pink": (250, 150, 190),
-    "brown": (120, 75, 40),
-    "black": (20, 20, 20),
-    "white": (245, 245, 245),
-}
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16  # of a class in an image, the most confident ones
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# What CLIP compares a crop with, for each colour the mean of the three.
+COLOR_PHRASES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 # GenEval's names of COCO classes that detectors name otherwise.
 GENEVAL_CLASSES = {
     "mouse": "computer mouse",
@@ -185,7 +186,9 @@ class SceneReward:
     Args:
         detector (`Callable`):
             Maps a list of PIL images to a list of lists of [`Detection`]: [`TransformersDetector`] for photos,
-            [`~flow_trl.tiny.detector.detect_shapes`] for the tiny world.
+            [`~flow_trl.tiny.detector.detect_shapes`] for the tiny world. Two attributes are used where it has them:
+            `counting_threshold`, the confidence below which objects do not count for prompts with the `tag` `"counting"`,
+            and `name_colors`, which gets a list of an image and a detection each and sets the colours of the latter.
         strict (`bool`, *optional*, defaults to `False`):
             Whether to return GenEval's strict accuracy, 0 or 1, rather than the graded score in [0, 1].
         name (`str`, *optional*):
@@ -225,6 +228,7 @@ class SceneReward:
         images: list[Image.Image] | None = None,
         include: list[list[dict[str, Any]] | None] | None = None,
         exclude: list[list[dict[str, Any]] | None] | None = None,
+        tag: list[str | None] | None = None,
         **columns,
     ) -> list[float | None]:
         """
@@ -239,6 +243,8 @@ class SceneReward:
                 Per image what it must show, see [`score_scene`]; `None` where the reward does not apply.
             exclude (`list[list[dict] | None]`, *optional*):
                 Per image what it must not show.
+            tag (`list[str | None]`, *optional*):
+                Per image the kind of its prompt, of which `"counting"` has a threshold of its own.
             columns:
                 Other columns of the dataset, ignored.
 
@@ -258,6 +264,22 @@ class SceneReward:
         applies = [i for i, entries in enumerate(include) if entries is not None]
         scores: list[float | None] = [None] * len(include)
         detections = self.detector([images[i] for i in applies]) if applies else []
+        surely = getattr(self.detector, "counting_threshold", 0.0)
+        detections = [
+            [found for found in objects if found.score > surely] if tag and tag[i] == "counting" else objects
+            for i, objects in zip(applies, detections, strict=True)
+        ]
+        if name_colors := getattr(self.detector, "name_colors", None):
+            name_colors(
+                [
+                    (images[i], found)
+                    for i, objects in zip(applies, detections, strict=True)
+                    for entry in include[i]
+                    if entry.get("color") is not None
+                    for found in sorted(objects, key=lambda found: -found.score)
+                    if found.label == entry["class"]
+                ]
+            )
         for i, objects in zip(applies, detections, strict=True):
             scores[i] = score_scene(objects, include[i], exclude[i] if exclude else None, self.strict)
         return scores
@@ -265,27 +287,34 @@ class SceneReward:
 
 class TransformersDetector:
     """
-    Finds objects in photos with an instance segmentation model of transformers, and tells their colours.
+    Finds objects in photos as [GenEval](https://huggingface.co/papers/2310.11513) does: with an instance segmentation
+    model of transformers, and a CLIP that tells the colours where they are asked for.
 
-    The default model is Mask2Former with a Swin-L backbone trained on COCO's 80 classes (GenEval runs the one with a
-    Swin-S backbone, through mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes
-    "computer keyboard"). The colour of an object is the one of GenEval's ten colours that is the nearest to most
-    pixels of its mask; GenEval asks a CLIP model instead.
+    The default model is Mask2Former with GenEval's backbone, Swin-S, trained on COCO's 80 classes (GenEval runs that of
+    mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes "computer keyboard").
+    At most 16 objects of a class are kept, those of the highest confidence. The colour of an object is the one of ten
+    whose phrases are nearest to the image in its box, grey (`#999`) outside of its mask.
 
     Args:
         model (`str`, `Path` or [`~transformers.ImageSegmentationPipeline`], *optional*):
-            Hub id or folder of an instance segmentation model, or a pipeline that is ready to use. Defaults to
-            `"facebook/mask2former-swin-large-coco-instance"`.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            Confidence from which an object counts. GenEval uses 0.9 for its `counting` prompts and 0.3 for the others.
+            Hub id or folder of an instance segmentation model, or a pipeline with one. Defaults to
+            `"facebook/mask2former-swin-small-coco-instance"`.
+        color_model (`str`, `Path` or [`~transformers.CLIPModel`], *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            The CLIP that tells colours, see [`~rewards.clip.ClipEncoder`].
+        color_processor (`str`, `Path` or [`~transformers.CLIPProcessor`], *optional*):
+            Its processor. Defaults to the one beside it.
+        threshold (`float`, *optional*, defaults to `0.3`):
+            Confidence above which an object counts.
+        counting_threshold (`float`, *optional*, defaults to `0.9`):
+            The same for prompts with the `tag` `"counting"`.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs; not used if `model` is a pipeline. Defaults to this process's GPU if there is one,
+            Where the models run; that of a pipeline stays where it is. Defaults to this process's GPU if there is one,
             else the CPU.
         batch_size (`int`, *optional*, defaults to `8`):
             Images per forward pass.
 
     Raises:
-        ValueError: if no instance segmentation model can be loaded.
+        ValueError: if a model cannot be loaded, or finds no instances.
 
     Example:
 
@@ -295,6 +324,7 @@ class TransformersDetector:
     ...     prompts=["a photo of two wine glasses"],
     ...     images=[image],
     ...     include=[[{"class": "wine glass", "count": 2}]],
+    ...     tag=["counting"],
     ... )
     [0.5]
     ```
@@ -303,14 +333,23 @@ class TransformersDetector:
     def __init__(
         self,
         model: Any = MASK2FORMER,
-        threshold: float = 0.5,
+        color_model: Any = OPENAI_CLIP,
+        color_processor: Any = None,
+        *,
+        threshold: float = 0.3,
+        counting_threshold: float = COUNTING_THRESHOLD,
         device: Any = None,
         batch_size: int = 8,
     ):
-        self.pipeline = _load_pipeline(str(model), device) if isinstance(model, str | Path) else model
+        pipeline = _load_pipeline(str(model), device) if isinstance(model, str | Path) else model
+        self.model, self.processor = pipeline.model.eval(), pipeline.image_processor
+        self.encoder = ClipEncoder(color_model, color_processor, device=device)
         self.threshold = threshold
+        self.counting_threshold = counting_threshold
         self.batch_size = batch_size
+        self._classifiers: dict[str, torch.Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
         """
         Finds the objects in images.
@@ -320,24 +359,61 @@ class TransformersDetector:
                 Images of any size.
 
         Returns:
-            `list[list[Detection]]`: the objects of each image, boxes in its pixels.
+            `list[list[Detection]]`: the objects of each image by falling confidence, boxes in its pixels, with masks and
+            without colours.
         """
-        images = [image.convert("RGB") for image in images]
-        segments = self.pipeline(images, subtask="instance", threshold=self.threshold, batch_size=self.batch_size)
-        palette = np.array(list(GENEVAL_COLORS.values()), float)
-        found: list[list[Detection]] = []
-        for image, objects in zip(images, segments, strict=True):
-            found.append([])
-            for item in objects:
-                box = item["mask"].getbbox()
-                if box is None:
-                    continue
-                pixels = np.asarray(image, float)[np.asarray(item["mask"]) > 0]
-                nearest = ((pixels[:, None] - palette) ** 2).sum(-1).argmin(-1)
-                color = list(GENEVAL_COLORS)[np.bincount(nearest).argmax()]
-                label = GENEVAL_CLASSES.get(item["label"], item["label"])
-                found[-1].append(Detection(label, color, tuple(map(float, box)), float(item["score"])))
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            batch = [image.convert("RGB") for image in images[start : start + self.batch_size]]
+            inputs = self.processor(images=batch, return_tensors="pt").to(self.model.device)
+            segments = self.processor.post_process_instance_segmentation(
+                self.model(**inputs),
+                threshold=self.threshold,
+                target_sizes=[(image.height, image.width) for image in batch],
+                return_binary_maps=True,
+            )
+            found += [self._read(image["segmentation"], image["segments_info"]) for image in segments]
         return found
+
+    def _read(self, masks: torch.Tensor, objects: list[dict[str, Any]]) -> list[Detection]:
+        detections, count = [], Counter()
+        for mask, item in sorted(zip(masks, objects, strict=False), key=lambda pair: -pair[1]["score"]):
+            name = self.model.config.id2label[item["label_id"]]
+            count[name] += 1
+            if item["score"] <= self.threshold or count[name] > MAX_OBJECTS:
+                continue
+            image = Image.fromarray(255 * mask.cpu().numpy().astype(np.uint8))
+            box = tuple(map(float, image.getbbox()))
+            detections.append(Detection(GENEVAL_CLASSES.get(name, name), None, box, item["score"], image))
+        return detections
+
+    @torch.no_grad()
+    def name_colors(self, objects: list[tuple[Image.Image, Detection]]) -> None:
+        """
+        Sets the colours of objects, each the likeliest of GenEval's ten.
+
+        Args:
+            objects (`list[tuple[PIL.Image.Image, Detection]]`):
+                Objects that this detector has found, each with its image.
+        """
+        for start in range(0, len(objects), self.encoder.batch_size):
+            batch = objects[start : start + self.encoder.batch_size]
+            crops = []
+            for image, detection in batch:
+                grey = Image.new("RGB", image.size, "#999")
+                crops.append(Image.composite(image.convert("RGB"), grey, detection.mask).crop(detection.box))
+            embeddings = self.encoder.embed_images(crops)
+            for (_, detection), embedding in zip(batch, embeddings, strict=True):
+                detection.color = GENEVAL_COLORS[int((self._classifier(detection.label) @ embedding).argmax())]
+
+    def _classifier(self, label: str) -> torch.Tensor:
+        """Directions of the ten colours of a class, (10, dim)."""
+        if label not in self._classifiers:
+            phrases = [phrase.format(color=color, label=label) for color in GENEVAL_COLORS for phrase in COLOR_PHRASES]
+            directions = F.normalize(self.encoder.embed_texts(phrases), dim=-1)
+            means = directions.view(len(GENEVAL_COLORS), len(COLOR_PHRASES), -1).mean(dim=1)
+            self._classifiers[label] = F.normalize(means, dim=-1)
+        return self._classifiers[label]
 
 
 def _load_pipeline(model: str, device: Any) -> Any:
@@ -347,7 +423,8 @@ def _load_pipeline(model: str, device: Any) -> Any:
     device = PartialState().device if device is None else device
     try:
         loaded = pipeline("image-segmentation", model=model, device=device)
-        if hasattr(loaded.image_processor, "post_process_instance_segmentation"):
+        finds = getattr(loaded.image_processor, "post_process_instance_segmentation", None)
+        if finds and "return_binary_maps" in inspect.signature(finds).parameters:
             return loaded
         error = f"{type(loaded.model).__name__} finds no instances"
     except (OSError, ValueError) as failure:

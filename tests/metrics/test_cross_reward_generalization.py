@@ -64,24 +64,24 @@ def test_equals_numpy_and_scipy(cross_reward, seed):
         (3.0, 30.0),
         (4.0, 60.0),  # between the last two
         (5.0, 80.0),
-        (5.1, math.nan),
-        (0.9, math.nan),  # the run starts above it
+        (5.1, None),
+        (0.9, None),  # the run starts above it
     ],
 )
 def test_first_crossing_counts(cross_reward, score, expected):
     results = one_run(cross_reward, [1.0, 3.0, 1.0, 3.0, 5.0], [10.0, 30.0, 0.0, 40.0, 80.0], matched_score=score)
-    assert results["value_at_matched"] == pytest.approx(expected, nan_ok=True)
-    assert results["change_from_start"] == pytest.approx(expected - 10, nan_ok=True)
+    assert results["value_at_matched"] == pytest.approx(expected)
+    assert results["change_from_start"] == pytest.approx(None if expected is None else expected - 10)
 
 
 def test_a_run_that_never_comes_down_to_the_score_has_no_value(cross_reward):
-    assert math.isnan(one_run(cross_reward, [3.0, 1.0, 4.0], [1.0, 2.0, 3.0], matched_score=2)["value_at_matched"])
+    assert one_run(cross_reward, [3.0, 1.0, 4.0], [1.0, 2.0, 3.0], matched_score=2)["value_at_matched"] is None
 
 
 @pytest.mark.parametrize(("x", "y"), [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [0.1, 0.1, 0.1])])
 def test_constant_rewards_have_no_rank_correlation(cross_reward, x, y):
     results = one_run(cross_reward, x, y)
-    assert math.isnan(results["rank_correlation"])
+    assert results["rank_correlation"] is None
     assert results["value_at_matched"] == y[0]
 
 
@@ -117,18 +117,18 @@ def test_runs_are_averaged_and_may_be_interleaved(cross_reward):
             assert result["change_from_start_se"] == pytest.approx(abs(changes[0] - changes[1]) / 2)
         assert results["p"]["b"]["rank_correlation"] == pytest.approx((1 + 0.5) / 2)
         assert results["p"]["b"]["rank_correlation_se"] == pytest.approx(0.25)
-        assert math.isnan(results["q"]["a"]["rank_correlation"])  # constant in one of the runs
+        assert results["q"]["a"]["rank_correlation"] is None  # constant in one of the runs
 
 
 def test_one_run_has_no_standard_error(cross_reward):
     values = cross_reward.compute(**EXAMPLE)["pickscore"]["DDPO"]
-    assert all(math.isnan(values[name]) for name in values if name.endswith("_se"))
+    assert all(values[name] is None for name in values if name.endswith("_se"))
 
 
 def test_a_method_has_no_value_if_one_of_its_runs_has_none(cross_reward):
     results = cross_reward.compute(**EXAMPLE | {"methods": ["a"] * 6}, runs=[0, 0, 0, 1, 1, 1], matched_score=7.5)
-    assert math.isnan(results["pickscore"]["a"]["value_at_matched"])
-    assert math.isnan(results["pickscore"]["a"]["change_from_start_se"])
+    assert results["pickscore"]["a"]["value_at_matched"] is None
+    assert results["pickscore"]["a"]["change_from_start_se"] is None
     assert results["pickscore"]["a"]["rank_correlation"] == pytest.approx(-0.75)
 
 

@@ -1,14 +1,23 @@
 import json
 from copy import deepcopy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
-from flow_trl.rewards.scene import MASK2FORMER, Detection, SceneReward, TransformersDetector, relations, score_scene
+from flow_trl.rewards.scene import (
+    GENEVAL_COLORS,
+    MASK2FORMER,
+    Detection,
+    SceneReward,
+    TransformersDetector,
+    relations,
+    score_scene,
+)
 from flow_trl.tiny import CLIP_FOLDER, LANGUAGE_FOLDER, load_prompts, scene_reward
+from flow_trl.tiny.detector import detect_shapes
 from flow_trl.tiny.scenes import render_scene
 
 
@@ -162,35 +171,11 @@ def test_a_model_that_is_no_detector(model):
     assert "`flow_trl.tiny.scene_reward()`" in str(info.value)
 
 
-def test_a_loaded_model_goes_to_the_device_of_this_process(monkeypatch):
-    devices = []
-
-    def pipeline(task, model, device):
-        devices.append(device)
-        return SimpleNamespace(image_processor=SimpleNamespace(post_process_instance_segmentation=None))
-
-    monkeypatch.setattr("transformers.pipeline", pipeline)
-    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device="cuda:3"))
-    TransformersDetector()
-    TransformersDetector(device=0)
-    assert devices == ["cuda:3", 0]
+# GenEval's detector, on small models
 
 
-def test_transformers_detector_reads_masks_of_a_pipeline():
-    def pipe(images, **kwargs):
-        assert kwargs["threshold"] == 0.4 and kwargs["batch_size"] == 2
-        mask = Image.new("L", images[0].size)
-        mask.paste(255, (2, 4, 8, 10))
-        empty = Image.new("L", images[0].size)
-        return [[{"label": "keyboard", "score": 0.7, "mask": mask}, {"label": "dog", "score": 0.6, "mask": empty}]] * 2
-
-    images = [Image.new("RGB", (16, 16), color) for color in ((230, 20, 20), (150, 80, 20))]
-    found = TransformersDetector(pipe, threshold=0.4, batch_size=2)(images)
-    assert found == [[Detection("computer keyboard", color, (2, 4, 8, 10), 0.7)] for color in ("red", "brown")]
-
-
-def test_transformers_detector_runs_a_segmentation_model():
-    pytest.importorskip("scipy")  # transformers wants it for Mask2Former
+@pytest.fixture(scope="module")
+def pipe():
     from transformers import (
         ImageSegmentationPipeline,
         Mask2FormerConfig,
@@ -205,19 +190,116 @@ def test_transformers_detector_runs_a_segmentation_model():
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
         feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=5, num_labels=3,
-        id2label={0: "circle", 1: "square", 2: "triangle"},
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=30, num_labels=2,
+        id2label={0: "circle", 1: "keyboard"},
     )  # fmt: skip
-    processor = Mask2FormerImageProcessorPil(size={"height": 64, "width": 64})
-    pipe = ImageSegmentationPipeline(model=Mask2FormerForUniversalSegmentation(config), image_processor=processor)
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(config)
+    return ImageSegmentationPipeline(model=model, image_processor=Mask2FormerImageProcessorPil(size=[64, 64]))
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mask2former")
+    pipe.model.save_pretrained(path)
+    pipe.image_processor.save_pretrained(path)
+    return path
+
+
+class Sure:
+    """Stands where the processor does, with chosen scores, classes and masks for what the model says of an image."""
+
+    def __init__(self, processor, objects):
+        self.processor, self.objects = processor, objects
+
+    def __call__(self, **kwargs):
+        return self.processor(**kwargs)
+
+    def post_process_instance_segmentation(self, outputs, threshold, target_sizes, return_binary_maps):
+        height, width = target_sizes[0]
+        masks = torch.zeros(len(self.objects), height, width)
+        for mask, (_, _, box) in zip(masks, self.objects, strict=True):
+            mask[box[1] : box[3], box[0] : box[2]] = 1
+        infos = [{"label_id": label, "score": score} for label, score, _ in self.objects]
+        return [{"segmentation": masks, "segments_info": infos}] * len(target_sizes)
+
+
+def test_the_detector_loads_a_segmentation_model_and_a_clip(folder, pipe):
     image = render_scene([{"class": "circle", "count": 1}], seed=0)
-    detector = TransformersDetector(pipe, threshold=0.0)
-    found = detector([image, image.resize((48, 48))])
-    assert len(found) == 2 and found[0]
-    assert {d.label for objects in found for d in objects} <= {"circle", "square", "triangle"}
-    reward = SceneReward(detector)
-    assert (
-        0
-        <= reward(prompts=["a photo of a circle"], images=[image], include=[[{"class": "circle", "count": 1}]])[0]
-        <= 1
+    detector = TransformersDetector(folder, CLIP_FOLDER, threshold=0.0, batch_size=2)
+    images = [image, image.resize((48, 40)), image.convert("L")]
+    found = detector(images)
+    assert len(found) == 3 and all(found)
+    for picture, objects in zip(images, found, strict=True):
+        assert {found.label for found in objects} <= {"circle", "computer keyboard"}  # GenEval's name
+        assert max(sum(found.label == label for found in objects) for label in ("circle", "computer keyboard")) <= 16
+        assert [found.score for found in objects] == sorted((found.score for found in objects), reverse=True)
+        for detection in objects:
+            assert detection.mask.size == picture.size and detection.mask.getbbox() == detection.box
+            assert detection.color is None
+    assert found == TransformersDetector(pipe, CLIP_FOLDER, threshold=0.0)(images)
+    include = [[{"class": "circle", "count": 1, "color": "red"}]] * 3
+    scores = SceneReward(detector)(images=images, include=include, tag=["counting", "colors", None])
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_thresholds_and_the_largest_number_of_a_class(pipe, monkeypatch):
+    detector = TransformersDetector(pipe, CLIP_FOLDER)
+    boxes = [(i, 0, i + 1, 2) for i in range(20)]
+    objects = [(0, 0.5 + i / 100, box) for i, box in enumerate(boxes)]
+    objects += [(1, 0.3, (0, 10, 4, 14)), (1, 0.31, (4, 10, 8, 14)), (1, 0.95, (8, 10, 12, 14))]
+    monkeypatch.setattr(detector, "processor", Sure(detector.processor, objects))
+    (found,) = detector([Image.new("RGB", (32, 32))])
+    circles = [detection for detection in found if detection.label == "circle"]
+    assert [detection.box for detection in circles] == boxes[:3:-1]  # the 16 most confident
+    assert [detection.score for detection in found if detection.label == "computer keyboard"] == [0.95, 0.31]
+    include = [[{"class": "computer keyboard", "count": 1}]] * 2
+    exclude = [[{"class": "computer keyboard", "count": 2}]] * 2
+    strict = SceneReward(detector, strict=True)
+    columns = {"images": [Image.new("RGB", (32, 32))] * 2, "include": include, "exclude": exclude}
+    assert strict(**columns, tag=["counting", "single_object"]) == [1, 0]
+
+
+def test_colors_are_told_by_clip_from_what_the_mask_shows(pipe, monkeypatch):
+    detector = TransformersDetector(pipe, CLIP_FOLDER)
+    rows = [{"class": "circle", "count": 1, "color": color} for color in ("red", "green", "blue", "yellow")]
+    images = [render_scene([row], seed=i) for i, row in enumerate(rows)]
+    found = [detect_shapes([image])[0][0] for image in images]
+    pairs = []
+    for image, detection in zip(images, found, strict=True):
+        background = np.asarray(image.convert("RGB"), float)[0, 0]
+        mask = np.abs(np.asarray(image.convert("RGB"), float) - background).max(axis=2) > 40
+        detection.color, detection.mask = None, Image.fromarray(255 * mask.astype(np.uint8))
+        detection.box = detection.mask.getbbox()
+        pairs.append((image, detection))
+    detector.name_colors(pairs)
+    assert [detection.color for _, detection in pairs] == [row["color"] for row in rows]
+    # The same from the model's submodules: the mean of three phrases for each colour, grey outside of the mask.
+    image, detection = pairs[0]
+    model, tokenizer = detector.encoder.model, detector.encoder.processor.tokenizer
+    pixels = np.where(np.asarray(detection.mask)[..., None] > 0, np.asarray(image.convert("RGB")), 0x99)
+    left, top, right, bottom = map(int, detection.box)
+    crop = Image.fromarray(pixels[top:bottom, left:right].astype(np.uint8))
+    with torch.no_grad():
+        inputs = detector.encoder.processor(images=[crop], return_tensors="pt")
+        embedding = model.get_image_features(**inputs).pooler_output[0]
+        scores = []
+        for color in GENEVAL_COLORS:
+            phrases = [
+                f"a photo of a {color} circle",
+                f"a photo of a {color}-colored circle",
+                f"a photo of a {color} object",
+            ]
+            inputs = tokenizer(phrases, padding=True, truncation=True, max_length=14, return_tensors="pt")
+            text = model.get_text_features(**inputs).pooler_output
+            direction = (text / text.norm(dim=1, keepdim=True)).mean(dim=0)
+            scores.append((direction @ embedding / direction.norm()).item())
+    assert GENEVAL_COLORS[int(np.argmax(scores))] == detection.color
+    asked = []
+    monkeypatch.setattr(detector, "name_colors", asked.extend)
+    monkeypatch.setattr(
+        detector, "processor", Sure(detector.processor, [(0, 0.9, (0, 0, 4, 4)), (1, 0.9, (4, 4, 8, 8))])
     )
+    include = [[{"class": "circle", "count": 1}], [{"class": "circle", "count": 1, "color": "red"}]]
+    SceneReward(detector)(images=images[:2], include=include)
+    assert [(image, detection.label) for image, detection in asked] == [(images[1], "circle")]  # where it is asked for

@@ -5,7 +5,8 @@ from collections import defaultdict
 
 import datasets
 import evaluate
-import numpy as np
+
+from flow_trl.metrics import pass_at_k, summarize
 
 
 _DESCRIPTION = """\
@@ -98,6 +99,7 @@ class ConfidenceVoting(evaluate.Metric):
                     "confidences": datasets.Sequence(datasets.Value("float64")),
                 }
             ),
+            codebase_urls=["https://github.com/openai/human-eval"],
             reference_urls=["https://huggingface.co/papers/2107.03374", "https://huggingface.co/papers/2203.11171"],
         )
 
@@ -114,9 +116,7 @@ class ConfidenceVoting(evaluate.Metric):
                 scores[name].append(score)
         results = {}
         for name, values in scores.items():
-            results[name] = float(np.mean(values))
-            several = len(values) > 1
-            results[f"{name}_se"] = float(np.std(values, ddof=1) / math.sqrt(len(values))) if several else None
+            results |= summarize(name, values)
         return results
 
 
@@ -140,7 +140,7 @@ def _scores(answers, confidences, correct, k, index):
             raise ValueError(
                 f"`k` holds {size}, but `predictions[{index}]` has {n} answers: use values from 1 to {n}."
             )
-        scores[f"pass@{size}"] = 1 - math.comb(n - c, size) / math.comb(n, size)
+        scores[f"pass@{size}"] = pass_at_k(n, c, size)
 
     samples = [i for i, answer in enumerate(answers) if answer]
     votes = defaultdict(list)

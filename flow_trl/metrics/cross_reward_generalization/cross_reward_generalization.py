@@ -84,6 +84,7 @@ class CrossRewardGeneralization(evaluate.Metric):
                     "out_of_domain": datasets.Sequence(datasets.Value("float64")),
                 }
             ),
+            codebase_urls=["https://github.com/ZiyiZhang27/tdpo"],
             reference_urls=["https://huggingface.co/papers/2402.08552"],
         )
 
