@@ -124,22 +124,19 @@ def app(folder: str | Path) -> "gradio.Interface":
         except Exception as error:
             raise gradio.Error(f"{type(error).__name__}: {error}") from error
 
-    inputs = [gradio.Code(language="json", label="Arguments of compute()")]
-    if images:
-        inputs.append(gradio.Gallery(type="pil", label=images, file_types=["image"]))
     examples = []
     for case in runpy.run_path(str(folder / "tests.py"))["test_cases"]:
         given = {name: value for name, value in case.items() if name != "result"}
         pictures = given.pop(images) if images and not isinstance(given[images][0], list | str) else None
-        examples.append([json.dumps(given, indent=2), *([pictures] if images else [])])
-    inputs[0].value = examples[0][0]
-    if images and examples[0][1]:
-        inputs[1].value = inputs[1].postprocess(examples[0][1])
+        examples.append((json.dumps(given, indent=2), pictures))
+    inputs = [gradio.Code(examples[0][0], language="json", label="Arguments of compute()")]
+    if images:
+        inputs.append(gradio.Gallery(examples[0][1], type="pil", label=images, file_types=["image"]))
     card = (folder / "README.md").read_text().split("---\n", 2)[-1]
     return gradio.Interface(
         compute, inputs, gradio.JSON(label="Results"), title=metric.name, description=metric.info.description,
         article=card, flagging_mode="never", api_name="compute",
-        examples=[example[0] for example in examples] if not images else None,
+        examples=None if images else [[arguments] for arguments, _ in examples],
     )  # fmt: skip
 
 
