@@ -134,7 +134,7 @@ def app(folder: str | Path) -> "gradio.Interface":
         inputs.append(gradio.Gallery(examples[0][1], type="pil", label=images, file_types=["image"]))
     card = (folder / "README.md").read_text().split("---\n", 2)[-1]
     return gradio.Interface(
-        compute, inputs, gradio.JSON(label="Results"), title=metric.name, description=metric.info.description,
+        compute, inputs, gradio.JSON(label="Results"), title=script.stem, description=metric.info.description,
         article=card, flagging_mode="never", api_name="compute",
         examples=None if images else [[arguments] for arguments, _ in examples],
     )  # fmt: skip
