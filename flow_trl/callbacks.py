@@ -392,6 +392,7 @@ def save_before_and_after(
     folder: str | Path,
     score: Callable[[list[Image.Image]], list[float]] | None = None,
     until: float = math.inf,
+    labels: tuple[str, str] = ("before", "after"),
 ) -> None:
     """
     Writes `before_after.png`: the images of the first and the last evaluation of a run, of the same prompts and noise.
@@ -404,6 +405,8 @@ def save_before_and_after(
             written below the image. By default that is the evaluation's reward.
         until (`int`, *optional*):
             The last update whose evaluation may be shown.
+        labels (`tuple[str, str]`, *optional*, defaults to `("before", "after")`):
+            What is written beside the two.
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -420,9 +423,9 @@ def save_before_and_after(
     paths = [path for path in paths if int(path.stem.split("-")[-1]) <= until]
     grids = {
         when: [(image, caption) for image, caption in read_grid(path) if not caption.get("given")]
-        for when, path in (("before", paths[0]), ("after", paths[-1]))
+        for when, path in zip(labels, (paths[0], paths[-1]), strict=True)
     }
-    prompts = [caption["prompt"] for _, caption in grids["after"]]
+    prompts = [caption["prompt"] for _, caption in grids[labels[1]]]
     columns, count = min(8, len(prompts)), min(16, len(prompts))
     blocks = -(-count // columns)
     figure = figures.Figure(figsize=(1.7 * columns, 4.2 * blocks), layout="constrained")
