@@ -41,7 +41,7 @@ async def judged(prompts, images, question, **columns):  # the data set has a co
 trainer = TPGRPOTrainer(model, reward_funcs=["ocr", darkness, judged], ...)
 ```
 
-Built-in names: `"ocr"` ([`~rewards.ocr.OCRReward`]), [`~rewards.jpeg.jpeg_compressibility`] and
+Built-in names: `"ocr"` and `"ocr_flow_grpo"` ([`~rewards.ocr.OCRReward`]), [`~rewards.jpeg.jpeg_compressibility`] and
 [`~rewards.jpeg.jpeg_incompressibility`]; and, which load a model from the Hub, `"geneval"` and `"geneval_strict"`,
 also called `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`] with
 [`~rewards.scene.TransformersDetector`]), `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"`
@@ -80,6 +80,7 @@ BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
     "jpeg_compressibility": lambda: _load("jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": lambda: _load("jpeg", "jpeg_incompressibility"),
     "ocr": lambda: _load("ocr", "OCRReward")(),
+    "ocr_flow_grpo": lambda: _load("ocr", "OCRReward")(contained=True),
     "pickscore": lambda: _load("clip", "PickScore")(),
     "scene": lambda: _scene_reward("scene"),
     "scene_strict": lambda: _scene_reward("scene_strict"),

@@ -19,21 +19,64 @@ SMALL_SIDE = 64
 BATCH_SIZE, MAX_WORKERS = 12, 8
 # The recogniser's input (width, height) for a small image: twice as wide as high, so that narrow letters stay apart.
 SMALL_INPUT = (96, 48)
+PURPOSE = "The OCR reward (Python 3.12 at most)"
+
+
+def ocr_score(reading: str, target: str, *, contained: bool = False) -> float:
+    """
+    How well a reading agrees with the text that was asked for: `1 - min(d, n) / n`, where `d` is the edit distance
+    (Levenshtein) between the two and `n` the target's length, both without spaces and in lower case.
+
+    Args:
+        reading (`str`):
+            The text that was read.
+        target (`str`):
+            The text that was asked for.
+        contained (`bool`, *optional*, defaults to `False`):
+            Whether a reading that contains the target scores 1, whatever stands beside it. This is the rule of
+            [Flow-GRPO](https://huggingface.co/papers/2505.05470)'s code.
+
+    Returns:
+        `float`: the score in [0, 1].
+
+    Raises:
+        ValueError: if `target` is blank.
+        MissingExtraError: if the packages of the extra `ocr` are not installed.
+
+    Example:
+
+    ```python
+    >>> from flow_trl.rewards.ocr import ocr_score
+
+    >>> ocr_score("Cats", "cat"), ocr_score("Cats", "cat", contained=True)
+    (0.6666666666666667, 1.0)
+    ```
+    """
+    distance = import_extra("rapidfuzz.distance", extra="ocr", purpose=PURPOSE).Levenshtein.distance
+    reading, wanted = _normalise(reading), _normalise(target)
+    if not wanted:
+        raise ValueError(f"`target` is {target!r}: it must have at least one character that is no space.")
+    if contained and wanted in reading:
+        return 1.0
+    return 1 - min(distance(reading, wanted) / len(wanted), 1)
 
 
 class OCRReward:
     """
     Rewards images that show the text that was asked for, read by PP-OCR (`rapidocr-onnxruntime`, models included).
 
-    The score is `1 - min(d / n, 1)`, where `d` is the edit distance (Levenshtein) between the text read and the target
-    and `n` the target's length, both without spaces and in lower case: 1 for a perfect reading, 0 where nothing of it
-    can be read. This is the text-rendering reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), except
-    that text beside the target costs here (Flow-GRPO's code gives 1 whenever the reading contains the target).
+    The score is that of [`ocr_score`]: 1 for a perfect reading, 0 where nothing of it can be read. By default text beside
+    the target costs; the reward `"ocr_flow_grpo"` forgives it, as [Flow-GRPO](https://huggingface.co/papers/2505.05470)
+    does.
 
     Images whose longer side is at most 64 pixels are read as one word, in batches (about 6 ms each on one CPU core).
     In larger ones text is looked for first, and all that is found is joined from top to bottom (about 60 ms at
     256 x 256 and 110 ms at 512 x 512). Images are read in parallel, by as many threads as torch has
     (`torch.get_num_threads()`) when the reward is constructed, at most 8.
+
+    Args:
+        contained (`bool`, *optional*, defaults to `False`):
+            Whether a reading that contains the target scores 1, Flow-GRPO's rule.
 
     Raises:
         MissingExtraError: if the packages of the extra `ocr` are not installed.
@@ -52,13 +95,13 @@ class OCRReward:
     ```
     """
 
-    __name__ = "ocr"
     takes_videos = False
 
-    def __init__(self):
-        purpose = "The OCR reward (Python 3.12 at most)"
-        engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=purpose)
-        self._distance = import_extra("rapidfuzz.distance", extra="ocr", purpose=purpose).Levenshtein.distance
+    def __init__(self, contained: bool = False):
+        self.contained = contained
+        self.__name__ = "ocr_flow_grpo" if contained else "ocr"
+        engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=PURPOSE)
+        ocr_score("", "a")  # raises now if its package is missing
         self._local = threading.local()
 
         def start():
@@ -96,14 +139,13 @@ class OCRReward:
         """
         refuse_videos(self.__name__, images)
         targets = [
-            _normalise(_quoted(prompt) if target is None else target)
+            _quoted(prompt) if target is None else target
             for prompt, target in zip(prompts, text or [None] * len(prompts), strict=True)
         ]
         scores: list[float | None] = [None] * len(images)
-        asked = [i for i, target in enumerate(targets) if target]
+        asked = [i for i, target in enumerate(targets) if _normalise(target)]
         for i, reading in zip(asked, self._read([images[i] for i in asked]), strict=True):
-            distance = self._distance(_normalise(reading), targets[i])
-            scores[i] = 1 - min(distance / len(targets[i]), 1)
+            scores[i] = ocr_score(reading, targets[i], contained=self.contained)
         return scores
 
     def _read(self, images: list[Image.Image]) -> list[str]:
