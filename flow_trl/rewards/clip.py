@@ -127,6 +127,19 @@ class ClipEncoder:
         )
         return (pixels - mean) / std
 
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Embeddings of PIL images of any size and mode, prepared by the processor: `(B, dim)`, float32."""
+        images = [image.convert("RGB") for image in images]
+        return self._embed(self.processor(images=images, return_tensors="pt").pixel_values)
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Embeddings of texts, cut off where the model's context ends: `(B, dim)`, float32."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.processor.tokenizer(
+            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.model.device)
+        return self.model.get_text_features(**tokens).pooler_output.float()
+
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         return self.model.get_image_features(pixel_values).pooler_output.float()
@@ -193,21 +206,8 @@ class _ClipReward:
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         raise NotImplementedError
 
-    def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        images = [image.convert("RGB") for image in images]
-        return self.encoder._embed(self.encoder.processor(images=images, return_tensors="pt").pixel_values)
-
     def _cosine(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-        model = self.encoder.model
-        tokens = self.encoder.processor.tokenizer(
-            prompts,
-            padding=True,
-            truncation=True,
-            max_length=model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(model.device)
-        text = model.get_text_features(**tokens).pooler_output.float()
-        return F.cosine_similarity(self._embed_images(images), text)
+        return F.cosine_similarity(self.encoder.embed_images(images), self.encoder.embed_texts(prompts))
 
 
 class ClipScore(_ClipReward):
@@ -390,7 +390,7 @@ class AestheticScore(_ClipReward):
         self.head = _load_head(head, self.encoder.dim).to(self.encoder.model.device)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-        return self.head(F.normalize(self._embed_images(images))).squeeze(-1)
+        return self.head(F.normalize(self.encoder.embed_images(images))).squeeze(-1)
 
 
 def _load_model(model: str | Path) -> CLIPModel:

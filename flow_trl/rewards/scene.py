@@ -1,14 +1,24 @@
-"""GenEval-style reward: do the objects found in an image match a scene's metadata?"""
+"""GenEval (https://huggingface.co/papers/2310.11513): do the objects found in an image match a scene's metadata?"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from . import refuse_videos
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .clip import ClipEncoder
 
 
 @dataclass
@@ -42,19 +52,14 @@ class Detection:
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
-MASK2FORMER = "facebook/mask2former-swin-large-coco-instance"
-GENEVAL_COLORS = {
-    "red": (220, 30, 30),
-    "orange": (250, 140, 20),
-    "yellow": (245, 220, 40),
-    "green": (40, 150, 50),
-    "blue": (40, 80, 210),
-    "purple": (130, 50, 170),
-    "pink": (250, 150, 190),
-    "brown": (120, 75, 40),
-    "black": (20, 20, 20),
-    "white": (245, 245, 245),
-}
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+# GenEval's colours, the phrases by which CLIP tells them, and what an object's surroundings are painted over with.
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOR_PHRASES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+BACKGROUND = "#999"
+# Pairs of query and class that are looked at, and objects that are kept of a class, as in GenEval.
+MAX_CANDIDATES, MAX_PER_CLASS = 100, 16
+STRIDE = 32  # of the model, to a multiple of which images are padded
 # GenEval's names of COCO classes that detectors name otherwise.
 GENEVAL_CLASSES = {
     "mouse": "computer mouse",
@@ -95,7 +100,10 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     a, b = np.asarray(box, float).reshape(2, 2), np.asarray(other, float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     margin = 0.1 * (np.ptp(a, axis=0) + np.ptp(b, axis=0))
-    x, y = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0) / max(float(np.linalg.norm(offset)), 1e-9)
+    offset, length = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0), np.linalg.norm(offset)
+    if (np.abs(offset) < 1e-3).all():
+        return set()
+    x, y = offset / length
     return {name for name, amount in (("left of", -x), ("right of", x), ("above", -y), ("below", y)) if amount > 0.5}
 
 
@@ -182,6 +190,9 @@ class SceneReward:
     """
     Reward for scenes described by GenEval metadata: a detector finds objects, [`score_scene`] compares.
 
+    With `strict=True` and a [`TransformersDetector`], which is the built-in reward `"geneval_strict"`, it is GenEval's
+    evaluation of an image; GenEval's overall score is the mean over the tags of the means over their images.
+
     Args:
         detector (`Callable`):
             Maps a list of PIL images to a list of lists of [`Detection`]: [`TransformersDetector`] for photos,
@@ -225,6 +236,7 @@ class SceneReward:
         images: list[Image.Image] | None = None,
         include: list[list[dict[str, Any]] | None] | None = None,
         exclude: list[list[dict[str, Any]] | None] | None = None,
+        tag: list[str | None] | None = None,
         **columns,
     ) -> list[float | None]:
         """
@@ -239,6 +251,9 @@ class SceneReward:
                 Per image what it must show, see [`score_scene`]; `None` where the reward does not apply.
             exclude (`list[list[dict] | None]`, *optional*):
                 Per image what it must not show.
+            tag (`list[str | None]`, *optional*):
+                GenEval's kind of each row. Where it is `"counting"`, only objects whose score is above the detector's
+                `counting_threshold` count, if it has one.
             columns:
                 Other columns of the dataset, ignored.
 
@@ -258,34 +273,45 @@ class SceneReward:
         applies = [i for i, entries in enumerate(include) if entries is not None]
         scores: list[float | None] = [None] * len(include)
         detections = self.detector([images[i] for i in applies]) if applies else []
+        counting_threshold = getattr(self.detector, "counting_threshold", None)
         for i, objects in zip(applies, detections, strict=True):
+            if counting_threshold is not None and tag and tag[i] == "counting":
+                objects = [found for found in objects if found.score > counting_threshold]
             scores[i] = score_scene(objects, include[i], exclude[i] if exclude else None, self.strict)
         return scores
 
 
 class TransformersDetector:
     """
-    Finds objects in photos with an instance segmentation model of transformers, and tells their colours.
+    Finds objects in photos and tells their colours as [GenEval](https://huggingface.co/papers/2310.11513) does.
 
-    The default model is Mask2Former with a Swin-L backbone trained on COCO's 80 classes (GenEval runs the one with a
-    Swin-S backbone, through mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes
-    "computer keyboard"). The colour of an object is the one of GenEval's ten colours that is the nearest to most
-    pixels of its mask; GenEval asks a CLIP model instead.
+    Objects are the masks of a Mask2Former with a Swin-S backbone trained on COCO, on the image with its shorter edge resized
+    to 800 pixels: of the 100 likeliest pairs of mask and class those whose score (the class's probability times the mean
+    probability of the mask's pixels) is above `threshold`, at most 16 of a class, overlapping or not. Classes get
+    GenEval's names ("keyboard" becomes "computer keyboard"). The colour of an object is asked of a CLIP when it is needed:
+    of ten, the one whose three phrases (such as "a photo of a red-colored apple") are nearest to the object's box, in
+    which everything but the object is grey. GenEval takes mmdetection's training of this network and transformers has its
+    authors', so that a few images are judged differently.
 
     Args:
-        model (`str`, `Path` or [`~transformers.ImageSegmentationPipeline`], *optional*):
-            Hub id or folder of an instance segmentation model, or a pipeline that is ready to use. Defaults to
-            `"facebook/mask2former-swin-large-coco-instance"`.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            Confidence from which an object counts. GenEval uses 0.9 for its `counting` prompts and 0.3 for the others.
+        model (`str` or `Path`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
+            Hub id or folder of a [`~transformers.Mask2FormerForUniversalSegmentation`] and its image processor.
+        clip (`str`, `Path` or [`~rewards.clip.ClipEncoder`], *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            The CLIP that tells colours, GenEval's by default.
+        threshold (`float`, *optional*, defaults to `0.3`):
+            Confidence above which an object is found.
+        counting_threshold (`float`, *optional*, defaults to `0.9`):
+            Confidence above which it counts for a [`SceneReward`] in rows whose column `tag` is `"counting"`.
+        shortest_edge (`int`, *optional*, defaults to `800`):
+            What the shorter edge is resized to; a smaller number is faster, and no longer GenEval's.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs; not used if `model` is a pipeline. Defaults to this process's GPU if there is one,
-            else the CPU.
+            Where the models run. Defaults to this process's GPU if there is one, else the CPU.
         batch_size (`int`, *optional*, defaults to `8`):
             Images per forward pass.
 
     Raises:
-        ValueError: if no instance segmentation model can be loaded.
+        ValueError: if no such model, or no CLIP, can be loaded.
+        MissingExtraError: if scipy is not installed, which transformers needs for Mask2Former.
 
     Example:
 
@@ -295,6 +321,7 @@ class TransformersDetector:
     ...     prompts=["a photo of two wine glasses"],
     ...     images=[image],
     ...     include=[[{"class": "wine glass", "count": 2}]],
+    ...     tag=["counting"],
     ... )
     [0.5]
     ```
@@ -302,14 +329,22 @@ class TransformersDetector:
 
     def __init__(
         self,
-        model: Any = MASK2FORMER,
-        threshold: float = 0.5,
-        device: Any = None,
+        model: str | Path = MASK2FORMER,
+        clip: str | Path | ClipEncoder | None = None,
+        *,
+        threshold: float = 0.3,
+        counting_threshold: float = 0.9,
+        shortest_edge: int = 800,
+        device: str | torch.device | None = None,
         batch_size: int = 8,
     ):
-        self.pipeline = _load_pipeline(str(model), device) if isinstance(model, str | Path) else model
-        self.threshold = threshold
+        from .clip import OPENAI_CLIP, ClipEncoder
+
+        self.model, self.processor = _load_mask2former(model, shortest_edge, device)
+        self.clip = clip if isinstance(clip, ClipEncoder) else ClipEncoder(clip or OPENAI_CLIP, device=device)
+        self.threshold, self.counting_threshold = threshold, counting_threshold
         self.batch_size = batch_size
+        self._phrases: dict[str, torch.Tensor] = {}
 
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
         """
@@ -320,41 +355,97 @@ class TransformersDetector:
                 Images of any size.
 
         Returns:
-            `list[list[Detection]]`: the objects of each image, boxes in its pixels.
+            `list[list[Detection]]`: the objects of each image, the most confident first, boxes in its pixels.
         """
-        images = [image.convert("RGB") for image in images]
-        segments = self.pipeline(images, subtask="instance", threshold=self.threshold, batch_size=self.batch_size)
-        palette = np.array(list(GENEVAL_COLORS.values()), float)
+        import torch
+
         found: list[list[Detection]] = []
-        for image, objects in zip(images, segments, strict=True):
-            found.append([])
-            for item in objects:
-                box = item["mask"].getbbox()
-                if box is None:
-                    continue
-                pixels = np.asarray(image, float)[np.asarray(item["mask"]) > 0]
-                nearest = ((pixels[:, None] - palette) ** 2).sum(-1).argmin(-1)
-                color = list(GENEVAL_COLORS)[np.bincount(nearest).argmax()]
-                label = GENEVAL_CLASSES.get(item["label"], item["label"])
-                found[-1].append(Detection(label, color, tuple(map(float, box)), float(item["score"])))
+        for _, group in groupby((image.convert("RGB") for image in images), key=lambda image: image.size):
+            group = list(group)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                pixels = self.processor(images=batch, return_tensors="pt").pixel_values.to(self.model.device)
+                height, width = pixels.shape[-2:]
+                with torch.no_grad():
+                    outputs = self.model(torch.nn.functional.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE)))
+                for one in zip(batch, outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+                    found.append(self._objects(*one, height, width))
         return found
 
+    def _objects(
+        self, image: Image.Image, classes: torch.Tensor, masks: torch.Tensor, height: int, width: int
+    ) -> list[Detection]:
+        """Objects by each query's logits of classes, and of pixels of the padded image, of which `height` x `width` is it."""
+        from torch.nn.functional import interpolate
 
-def _load_pipeline(model: str, device: Any) -> Any:
+        likely = classes.float().softmax(-1)[:, :-1]
+        scores, pairs = likely.flatten().topk(min(MAX_CANDIDATES, likely.numel()))
+        scores, pairs = scores[scores > self.threshold], pairs[scores > self.threshold]
+        if not len(scores):
+            return []
+        masks = masks[pairs // likely.shape[1]][None].float()
+        padded = height + -height % STRIDE, width + -width % STRIDE
+        masks = interpolate(masks, padded, mode="bilinear")[..., :height, :width]
+        masks = interpolate(masks, image.size[::-1], mode="bilinear")[0]
+        shapes = masks > 0
+        scores = scores * (masks.sigmoid() * shapes).sum((1, 2)) / (shapes.sum((1, 2)) + 1e-6)
+        found: dict[str, list[Detection]] = {}
+        for i in scores.argsort(descending=True).tolist():
+            label = self.model.config.id2label[int(pairs[i]) % likely.shape[1]]
+            label = GENEVAL_CLASSES.get(label, label)
+            objects = found.setdefault(label, [])
+            if scores[i] > self.threshold and len(objects) < MAX_PER_CLASS:
+                objects.append(_Found(label, float(scores[i]), Image.fromarray(shapes[i].cpu().numpy()), image, self))
+        return sorted((one for objects in found.values() for one in objects), key=lambda one: -one.score)
+
+    def _color(self, label: str, cut: Image.Image) -> str:
+        import torch
+
+        with torch.no_grad():
+            if label not in self._phrases:
+                phrases = [phrase.format(color=c, label=label) for c in GENEVAL_COLORS for phrase in COLOR_PHRASES]
+                each = torch.nn.functional.normalize(self.clip.embed_texts(phrases))
+                means = each.unflatten(0, (len(GENEVAL_COLORS), -1)).mean(1)
+                self._phrases[label] = torch.nn.functional.normalize(means)
+            likeness = self._phrases[label] @ self.clip.embed_images([cut])[0]
+        return GENEVAL_COLORS[int(likeness.argmax())]
+
+
+class _Found(Detection):
+    """An object whose colour its detector tells when it is asked for."""
+
+    def __init__(
+        self, label: str, score: float, mask: Image.Image, image: Image.Image, detector: TransformersDetector
+    ):
+        self.label, self.score, self.box = label, score, tuple(map(float, mask.getbbox()))
+        self._mask, self._image, self._detector = mask, image, detector
+
+    @cached_property
+    def color(self) -> str:
+        cut = Image.composite(self._image, Image.new("RGB", self._image.size, BACKGROUND), self._mask)
+        return self._detector._color(self.label, cut.crop(self.box))
+
+
+def _load_mask2former(model: str | Path, shortest_edge: int, device: str | torch.device | None) -> tuple[Any, Any]:
     from accelerate import PartialState
-    from transformers import pipeline
+    from transformers import AutoConfig, AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    device = PartialState().device if device is None else device
+    from ..utils import import_extra
+
+    import_extra("scipy", extra="geneval", purpose="Mask2Former")
+    size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 1333 // 800}
     try:
-        loaded = pipeline("image-segmentation", model=model, device=device)
-        if hasattr(loaded.image_processor, "post_process_instance_segmentation"):
-            return loaded
-        error = f"{type(loaded.model).__name__} finds no instances"
+        config = AutoConfig.from_pretrained(model)
+        error = f"it is of the type {config.model_type!r}"
+        if isinstance(config, Mask2FormerConfig):
+            processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
+            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
+            return loaded.to(PartialState().device if device is None else device).eval(), processor
     except (OSError, ValueError) as failure:
         error = failure
     raise ValueError(
-        f'`model` is "{model}", from which no instance segmentation model can be loaded ({error}). Pass the Hub id of '
-        f'one, such as "{MASK2FORMER}" (downloaded the first time, for which the network is needed), a folder that '
-        "`save_pretrained` has written, or a `transformers.ImageSegmentationPipeline`. For pictures of the tiny world "
-        "no model is needed: pass `flow_trl.tiny.scene_reward()` as the reward function."
+        f'`model` is "{model}", from which no Mask2Former can be loaded ({error}). Pass the Hub id of one, such as '
+        f'"{MASK2FORMER}" (downloaded the first time, for which the network is needed), or a folder that '
+        "`save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
+        "`flow_trl.tiny.scene_reward()` as the reward function."
     ) from (error if isinstance(error, Exception) else None)
