@@ -53,8 +53,8 @@ class ScriptArguments(ImageArguments):
         task (`str`, *optional*, defaults to `"scenes"`):
             `"scenes"` (objects, counts, colours, positions) or `"words"` (text in the image), for whatever of prompts and
             rewards is not given.
-        detector (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-instance"`):
-            Instance-segmentation model for the scene rewards of real models.
+        detector (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
+            Mask2Former for the scene rewards of real models.
     """
 
     method: str = field(
@@ -64,7 +64,7 @@ class ScriptArguments(ImageArguments):
     task: str = field(default="scenes", metadata={"help": "What is learnt.", "choices": ["scenes", "words"]})
     detector: str = field(
         default=MASK2FORMER,
-        metadata={"help": "Instance-segmentation model for the scene rewards of real models."},
+        metadata={"help": "Mask2Former for the scene rewards of real models."},
     )
 
 

@@ -127,45 +127,22 @@ class ClipEncoder:
         )
         return (pixels - mean) / std
 
-    def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        return self.model.get_image_features(pixel_values).pooler_output.float()
-
-    @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """
-        Embeds images that the processor prepares.
-
-        Args:
-            images (`list[PIL.Image.Image]`):
-                Images of any size and mode.
-
-        Returns:
-            `torch.Tensor` of shape `(B, dim)`: embeddings in float32, not normalised.
-        """
+        """Embeddings of PIL images of any size and mode, prepared by the processor: `(B, dim)`, float32."""
         images = [image.convert("RGB") for image in images]
         return self._embed(self.processor(images=images, return_tensors="pt").pixel_values)
 
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """
-        Embeds texts.
-
-        Args:
-            texts (`list[str]`):
-                Texts; what goes beyond the model's context is cut off.
-
-        Returns:
-            `torch.Tensor` of shape `(B, dim)`: embeddings in float32, not normalised.
-        """
+        """Embeddings of texts, cut off where the model's context ends: `(B, dim)`, float32."""
+        length = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
+            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
         ).to(self.model.device)
         return self.model.get_text_features(**tokens).pooler_output.float()
+
+    def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        return self.model.get_image_features(pixel_values).pooler_output.float()
 
 
 class _ClipReward:

@@ -19,16 +19,55 @@ SMALL_SIDE = 64
 BATCH_SIZE, MAX_WORKERS = 12, 8
 # The recogniser's input (width, height) for a small image: twice as wide as high, so that narrow letters stay apart.
 SMALL_INPUT = (96, 48)
+PURPOSE = "The OCR reward (Python 3.12 at most)"
+
+
+def ocr_score(reading: str, target: str, *, contained: bool = False) -> float:
+    """
+    How well a reading agrees with the text that was asked for: `1 - min(d, n) / n`, where `d` is the edit distance
+    (Levenshtein) between the two and `n` the target's length, both without spaces and in lower case.
+
+    Args:
+        reading (`str`):
+            The text that was read.
+        target (`str`):
+            The text that was asked for.
+        contained (`bool`, *optional*, defaults to `False`):
+            Whether a reading that contains the target scores 1, whatever stands beside it. This is the rule of
+            [Flow-GRPO](https://huggingface.co/papers/2505.05470)'s code.
+
+    Returns:
+        `float`: the score in [0, 1].
+
+    Raises:
+        ValueError: if `target` is blank.
+        MissingExtraError: if the packages of the extra `ocr` are not installed.
+
+    Example:
+
+    ```python
+    >>> from flow_trl.rewards.ocr import ocr_score
+
+    >>> ocr_score("Cats", "cat"), ocr_score("Cats", "cat", contained=True)
+    (0.6666666666666667, 1.0)
+    ```
+    """
+    distance = import_extra("rapidfuzz.distance", extra="ocr", purpose=PURPOSE).Levenshtein.distance
+    reading, wanted = _normalise(reading), _normalise(target)
+    if not wanted:
+        raise ValueError(f"`target` is {target!r}: it must have at least one character that is no space.")
+    if contained and wanted in reading:
+        return 1.0
+    return 1 - min(distance(reading, wanted) / len(wanted), 1)
 
 
 class OCRReward:
     """
     Rewards images that show the text that was asked for, read by PP-OCR (`rapidocr-onnxruntime`, models included).
 
-    The score is `1 - min(d / n, 1)`, where `d` is the edit distance (Levenshtein) between the text read and the target
-    and `n` the target's length, both without spaces and in lower case: 1 for a perfect reading, 0 where nothing of it
-    can be read. With `contained=True` a reading that contains the target scores 1, whatever stands beside it: the rule of
-    [Flow-GRPO](https://huggingface.co/papers/2505.05470), which as a reward is called `"ocr_flow_grpo"`.
+    The score is that of [`ocr_score`]: 1 for a perfect reading, 0 where nothing of it can be read. By default text beside
+    the target costs; the reward `"ocr_flow_grpo"` forgives it, as [Flow-GRPO](https://huggingface.co/papers/2505.05470)
+    does.
 
     Images whose longer side is at most 64 pixels are read as one word, in batches (about 6 ms each on one CPU core).
     In larger ones text is looked for first, and all that is found is joined from top to bottom (about 60 ms at
@@ -37,7 +76,7 @@ class OCRReward:
 
     Args:
         contained (`bool`, *optional*, defaults to `False`):
-            Whether text beside the target costs nothing.
+            Whether a reading that contains the target scores 1, Flow-GRPO's rule.
 
     Raises:
         MissingExtraError: if the packages of the extra `ocr` are not installed.
@@ -59,11 +98,10 @@ class OCRReward:
     takes_videos = False
 
     def __init__(self, contained: bool = False):
-        self.__name__ = "ocr_flow_grpo" if contained else "ocr"
         self.contained = contained
-        purpose = "The OCR reward (Python 3.12 at most)"
-        engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=purpose)
-        import_extra("rapidfuzz", extra="ocr", purpose=purpose)
+        self.__name__ = "ocr_flow_grpo" if contained else "ocr"
+        engine = import_extra("rapidocr_onnxruntime", extra="ocr", purpose=PURPOSE)
+        ocr_score("", "a")  # raises now if its package is missing
         self._local = threading.local()
 
         def start():
@@ -105,9 +143,9 @@ class OCRReward:
             for prompt, target in zip(prompts, text or [None] * len(prompts), strict=True)
         ]
         scores: list[float | None] = [None] * len(images)
-        asked = [i for i, target in enumerate(targets) if target.strip()]
+        asked = [i for i, target in enumerate(targets) if _normalise(target)]
         for i, reading in zip(asked, self.read([images[i] for i in asked]), strict=True):
-            scores[i] = reading_score(reading, targets[i], self.contained)
+            scores[i] = ocr_score(reading, targets[i], contained=self.contained)
         return scores
 
     def read(self, images: list[Image.Image]) -> list[str]:
@@ -149,36 +187,5 @@ def _quoted(prompt: str) -> str:
     return match[1] if match else ""
 
 
-def reading_score(reading: str, target: str, contained: bool = False) -> float:
-    """
-    How well a text was read, `1 - min(d / n, 1)`, see [`OCRReward`].
-
-    Args:
-        reading (`str`):
-            What was read.
-        target (`str`):
-            What should be there.
-        contained (`bool`, *optional*, defaults to `False`):
-            Whether a reading that contains the target scores 1.
-
-    Returns:
-        `float`: in [0, 1].
-
-    Raises:
-        ValueError: if `target` is blank.
-        MissingExtraError: if the packages of the extra `ocr` are not installed.
-
-    Example:
-
-    ```python
-    >>> reading_score("Open 24 h", "OPEN"), reading_score("Open 24 h", "OPEN", contained=True)
-    (0.25, 1.0)
-    ```
-    """
-    levenshtein = import_extra("rapidfuzz.distance", extra="ocr", purpose="Comparing readings").Levenshtein
-    reading, target = ("".join(text.split()).lower() for text in (reading, target))
-    if not target:
-        raise ValueError("`target` is blank: there is nothing to read.")
-    if contained and target in reading:
-        return 1.0
-    return 1 - min(levenshtein.distance(reading, target) / len(target), 1)
+def _normalise(text: str) -> str:
+    return "".join(text.split()).lower()

@@ -1,19 +1,24 @@
-"""GenEval-style reward: do the objects found in an image match a scene's metadata?"""
+"""GenEval (https://huggingface.co/papers/2310.11513): do the objects found in an image match a scene's metadata?"""
 
-import inspect
-from collections import Counter
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from . import refuse_videos
-from .clip import OPENAI_CLIP, ClipEncoder
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .clip import ClipEncoder
 
 
 @dataclass
@@ -30,8 +35,6 @@ class Detection:
             Left, top, right and bottom edge in pixels.
         score (`float`, *optional*, defaults to `1.0`):
             Confidence in [0, 1].
-        mask (`PIL.Image.Image`, *optional*):
-            Of the image's size, of mode `"L"`: 255 where the object is, else 0.
 
     Example:
 
@@ -45,17 +48,19 @@ class Detection:
     color: str | None
     box: tuple[float, float, float, float]
     score: float = 1.0
-    mask: Image.Image | None = field(default=None, repr=False, compare=False)
 
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16  # of a class in an image, the most confident ones
+# GenEval's colours, the phrases by which CLIP tells them, and what an object's surroundings are painted over with.
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# What CLIP compares a crop with, for each colour the mean of the three.
 COLOR_PHRASES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+BACKGROUND = "#999"
+# Pairs of query and class that are looked at, and objects that are kept of a class, as in GenEval.
+COUNTING_THRESHOLD = 0.9
+MAX_CANDIDATES, MAX_PER_CLASS = 100, 16
+STRIDE = 32  # of the model, to a multiple of which images are padded
 # GenEval's names of COCO classes that detectors name otherwise.
 GENEVAL_CLASSES = {
     "mouse": "computer mouse",
@@ -96,7 +101,10 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     a, b = np.asarray(box, float).reshape(2, 2), np.asarray(other, float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     margin = 0.1 * (np.ptp(a, axis=0) + np.ptp(b, axis=0))
-    x, y = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0) / max(float(np.linalg.norm(offset)), 1e-9)
+    offset, length = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0), np.linalg.norm(offset)
+    if (np.abs(offset) < 1e-3).all():
+        return set()
+    x, y = offset / length
     return {name for name, amount in (("left of", -x), ("right of", x), ("above", -y), ("below", y)) if amount > 0.5}
 
 
@@ -183,12 +191,13 @@ class SceneReward:
     """
     Reward for scenes described by GenEval metadata: a detector finds objects, [`score_scene`] compares.
 
+    With `strict=True` and a [`TransformersDetector`], which is the built-in reward `"geneval_strict"`, it is GenEval's
+    evaluation of an image; GenEval's overall score is the mean over the tags of the means over their images.
+
     Args:
         detector (`Callable`):
             Maps a list of PIL images to a list of lists of [`Detection`]: [`TransformersDetector`] for photos,
-            [`~flow_trl.tiny.detector.detect_shapes`] for the tiny world. Two attributes are used where it has them:
-            `counting_threshold`, the confidence below which objects do not count for prompts with the `tag` `"counting"`,
-            and `name_colors`, which gets a list of an image and a detection each and sets the colours of the latter.
+            [`~flow_trl.tiny.detector.detect_shapes`] for the tiny world.
         strict (`bool`, *optional*, defaults to `False`):
             Whether to return GenEval's strict accuracy, 0 or 1, rather than the graded score in [0, 1].
         name (`str`, *optional*):
@@ -244,7 +253,8 @@ class SceneReward:
             exclude (`list[list[dict] | None]`, *optional*):
                 Per image what it must not show.
             tag (`list[str | None]`, *optional*):
-                Per image the kind of its prompt, of which `"counting"` has a threshold of its own.
+                GenEval's kind of each row. Where it is `"counting"`, only objects whose score is above the detector's
+                `counting_threshold` count, if it has one.
             columns:
                 Other columns of the dataset, ignored.
 
@@ -264,57 +274,45 @@ class SceneReward:
         applies = [i for i, entries in enumerate(include) if entries is not None]
         scores: list[float | None] = [None] * len(include)
         detections = self.detector([images[i] for i in applies]) if applies else []
-        surely = getattr(self.detector, "counting_threshold", 0.0)
-        detections = [
-            [found for found in objects if found.score > surely] if tag and tag[i] == "counting" else objects
-            for i, objects in zip(applies, detections, strict=True)
-        ]
-        if name_colors := getattr(self.detector, "name_colors", None):
-            name_colors(
-                [
-                    (images[i], found)
-                    for i, objects in zip(applies, detections, strict=True)
-                    for entry in include[i]
-                    if entry.get("color") is not None
-                    for found in sorted(objects, key=lambda found: -found.score)
-                    if found.label == entry["class"]
-                ]
-            )
+        counting_threshold = getattr(self.detector, "counting_threshold", None)
         for i, objects in zip(applies, detections, strict=True):
+            if counting_threshold is not None and tag and tag[i] == "counting":
+                objects = [found for found in objects if found.score > counting_threshold]
             scores[i] = score_scene(objects, include[i], exclude[i] if exclude else None, self.strict)
         return scores
 
 
 class TransformersDetector:
     """
-    Finds objects in photos as [GenEval](https://huggingface.co/papers/2310.11513) does: with an instance segmentation
-    model of transformers, and a CLIP that tells the colours where they are asked for.
+    Finds objects in photos and tells their colours as [GenEval](https://huggingface.co/papers/2310.11513) does.
 
-    The default model is Mask2Former with GenEval's backbone, Swin-S, trained on COCO's 80 classes (GenEval runs that of
-    mmdetection; in transformers it needs scipy). Classes get GenEval's names ("keyboard" becomes "computer keyboard").
-    At most 16 objects of a class are kept, those of the highest confidence. The colour of an object is the one of ten
-    whose phrases are nearest to the image in its box, grey (`#999`) outside of its mask.
+    Objects are the masks of a Mask2Former with a Swin-S backbone trained on COCO, on the image with its shorter edge resized
+    to 800 pixels: of the 100 likeliest pairs of mask and class those whose score (the class's probability times the mean
+    probability of the mask's pixels) is above `threshold`, at most 16 of a class, overlapping or not. Classes get
+    GenEval's names ("keyboard" becomes "computer keyboard"). The colour of an object is asked of a CLIP when it is needed:
+    of ten, the one whose three phrases (such as "a photo of a red-colored apple") are nearest to the object's box, in
+    which everything but the object is grey. GenEval takes mmdetection's training of this network and transformers has its
+    authors', so that a few images are judged differently.
 
     Args:
-        model (`str`, `Path` or [`~transformers.ImageSegmentationPipeline`], *optional*):
-            Hub id or folder of an instance segmentation model, or a pipeline with one. Defaults to
-            `"facebook/mask2former-swin-small-coco-instance"`.
-        color_model (`str`, `Path` or [`~transformers.CLIPModel`], *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            The CLIP that tells colours, see [`~rewards.clip.ClipEncoder`].
-        color_processor (`str`, `Path` or [`~transformers.CLIPProcessor`], *optional*):
-            Its processor. Defaults to the one beside it.
+        model (`str` or `Path`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
+            Hub id or folder of a [`~transformers.Mask2FormerForUniversalSegmentation`] and its image processor.
+        clip (`str`, `Path` or [`~rewards.clip.ClipEncoder`], *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            The CLIP that tells colours, GenEval's by default.
         threshold (`float`, *optional*, defaults to `0.3`):
-            Confidence above which an object counts.
+            Confidence above which an object is found.
         counting_threshold (`float`, *optional*, defaults to `0.9`):
-            The same for prompts with the `tag` `"counting"`.
+            Confidence above which it counts for a [`SceneReward`] in rows whose column `tag` is `"counting"`.
+        shortest_edge (`int`, *optional*, defaults to `800`):
+            What the shorter edge is resized to; a smaller number is faster, and no longer GenEval's.
         device (`str` or `torch.device`, *optional*):
-            Where the models run; that of a pipeline stays where it is. Defaults to this process's GPU if there is one,
-            else the CPU.
+            Where the models run. Defaults to this process's GPU if there is one, else the CPU.
         batch_size (`int`, *optional*, defaults to `8`):
             Images per forward pass.
 
     Raises:
-        ValueError: if a model cannot be loaded, or finds no instances.
+        ValueError: if no such model, or no CLIP, can be loaded.
+        MissingExtraError: if scipy is not installed, which transformers needs for Mask2Former.
 
     Example:
 
@@ -332,24 +330,23 @@ class TransformersDetector:
 
     def __init__(
         self,
-        model: Any = MASK2FORMER,
-        color_model: Any = OPENAI_CLIP,
-        color_processor: Any = None,
+        model: str | Path = MASK2FORMER,
+        clip: str | Path | ClipEncoder | None = None,
         *,
         threshold: float = 0.3,
         counting_threshold: float = COUNTING_THRESHOLD,
-        device: Any = None,
+        shortest_edge: int = 800,
+        device: str | torch.device | None = None,
         batch_size: int = 8,
     ):
-        pipeline = _load_pipeline(str(model), device) if isinstance(model, str | Path) else model
-        self.model, self.processor = pipeline.model.eval(), pipeline.image_processor
-        self.encoder = ClipEncoder(color_model, color_processor, device=device)
-        self.threshold = threshold
-        self.counting_threshold = counting_threshold
-        self.batch_size = batch_size
-        self._classifiers: dict[str, torch.Tensor] = {}
+        from .clip import OPENAI_CLIP, ClipEncoder
 
-    @torch.no_grad()
+        self.model, self.processor = _load_mask2former(model, shortest_edge, device)
+        self.clip = clip if isinstance(clip, ClipEncoder) else ClipEncoder(clip or OPENAI_CLIP, device=device)
+        self.threshold, self.counting_threshold = threshold, counting_threshold
+        self.batch_size = batch_size
+        self._phrases: dict[str, torch.Tensor] = {}
+
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
         """
         Finds the objects in images.
@@ -359,79 +356,97 @@ class TransformersDetector:
                 Images of any size.
 
         Returns:
-            `list[list[Detection]]`: the objects of each image by falling confidence, boxes in its pixels, with masks and
-            without colours.
+            `list[list[Detection]]`: the objects of each image, the most confident first, boxes in its pixels.
         """
-        found = []
-        for start in range(0, len(images), self.batch_size):
-            batch = [image.convert("RGB") for image in images[start : start + self.batch_size]]
-            inputs = self.processor(images=batch, return_tensors="pt").to(self.model.device)
-            segments = self.processor.post_process_instance_segmentation(
-                self.model(**inputs),
-                threshold=self.threshold,
-                target_sizes=[(image.height, image.width) for image in batch],
-                return_binary_maps=True,
-            )
-            found += [self._read(image["segmentation"], image["segments_info"]) for image in segments]
+        import torch
+
+        found: list[list[Detection]] = []
+        for _, group in groupby((image.convert("RGB") for image in images), key=lambda image: image.size):
+            group = list(group)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                pixels = self.processor(images=batch, return_tensors="pt").pixel_values.to(self.model.device)
+                height, width = pixels.shape[-2:]
+                with torch.no_grad():
+                    outputs = self.model(torch.nn.functional.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE)))
+                for one in zip(batch, outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+                    found.append(self._objects(*one, height, width))
         return found
 
-    def _read(self, masks: torch.Tensor, objects: list[dict[str, Any]]) -> list[Detection]:
-        detections, count = [], Counter()
-        for mask, item in sorted(zip(masks, objects, strict=False), key=lambda pair: -pair[1]["score"]):
-            name = self.model.config.id2label[item["label_id"]]
-            count[name] += 1
-            if item["score"] <= self.threshold or count[name] > MAX_OBJECTS:
-                continue
-            image = Image.fromarray(255 * mask.cpu().numpy().astype(np.uint8))
-            box = tuple(map(float, image.getbbox()))
-            detections.append(Detection(GENEVAL_CLASSES.get(name, name), None, box, item["score"], image))
-        return detections
+    def _objects(
+        self, image: Image.Image, classes: torch.Tensor, masks: torch.Tensor, height: int, width: int
+    ) -> list[Detection]:
+        """Objects by each query's logits of classes, and of pixels of the padded image, of which `height` x `width` is it."""
+        from torch.nn.functional import interpolate
 
-    @torch.no_grad()
-    def name_colors(self, objects: list[tuple[Image.Image, Detection]]) -> None:
-        """
-        Sets the colours of objects, each the likeliest of GenEval's ten.
+        likely = classes.float().softmax(-1)[:, :-1]
+        scores, pairs = likely.flatten().topk(min(MAX_CANDIDATES, likely.numel()))
+        scores, pairs = scores[scores > self.threshold], pairs[scores > self.threshold]
+        if not len(scores):
+            return []
+        masks = masks[pairs // likely.shape[1]][None].float()
+        padded = height + -height % STRIDE, width + -width % STRIDE
+        masks = interpolate(masks, padded, mode="bilinear")[..., :height, :width]
+        masks = interpolate(masks, image.size[::-1], mode="bilinear")[0]
+        shapes = masks > 0
+        scores = scores * (masks.sigmoid() * shapes).sum((1, 2)) / (shapes.sum((1, 2)) + 1e-6)
+        found: dict[str, list[Detection]] = {}
+        for i in scores.argsort(descending=True).tolist():
+            label = self.model.config.id2label[int(pairs[i]) % likely.shape[1]]
+            label = GENEVAL_CLASSES.get(label, label)
+            objects = found.setdefault(label, [])
+            if scores[i] > self.threshold and len(objects) < MAX_PER_CLASS:
+                objects.append(_Found(label, float(scores[i]), Image.fromarray(shapes[i].cpu().numpy()), image, self))
+        return sorted((one for objects in found.values() for one in objects), key=lambda one: -one.score)
 
-        Args:
-            objects (`list[tuple[PIL.Image.Image, Detection]]`):
-                Objects that this detector has found, each with its image.
-        """
-        for start in range(0, len(objects), self.encoder.batch_size):
-            batch = objects[start : start + self.encoder.batch_size]
-            crops = []
-            for image, detection in batch:
-                grey = Image.new("RGB", image.size, "#999")
-                crops.append(Image.composite(image.convert("RGB"), grey, detection.mask).crop(detection.box))
-            embeddings = self.encoder.embed_images(crops)
-            for (_, detection), embedding in zip(batch, embeddings, strict=True):
-                detection.color = GENEVAL_COLORS[int((self._classifier(detection.label) @ embedding).argmax())]
+    def _color(self, label: str, cut: Image.Image) -> str:
+        import torch
 
-    def _classifier(self, label: str) -> torch.Tensor:
-        """Directions of the ten colours of a class, (10, dim)."""
-        if label not in self._classifiers:
-            phrases = [phrase.format(color=color, label=label) for color in GENEVAL_COLORS for phrase in COLOR_PHRASES]
-            directions = F.normalize(self.encoder.embed_texts(phrases), dim=-1)
-            means = directions.view(len(GENEVAL_COLORS), len(COLOR_PHRASES), -1).mean(dim=1)
-            self._classifiers[label] = F.normalize(means, dim=-1)
-        return self._classifiers[label]
+        with torch.no_grad():
+            if label not in self._phrases:
+                phrases = [phrase.format(color=c, label=label) for c in GENEVAL_COLORS for phrase in COLOR_PHRASES]
+                each = torch.nn.functional.normalize(self.clip.embed_texts(phrases))
+                means = each.unflatten(0, (len(GENEVAL_COLORS), -1)).mean(1)
+                self._phrases[label] = torch.nn.functional.normalize(means)
+            likeness = self._phrases[label] @ self.clip.embed_images([cut])[0]
+        return GENEVAL_COLORS[int(likeness.argmax())]
 
 
-def _load_pipeline(model: str, device: Any) -> Any:
+class _Found(Detection):
+    """An object whose colour its detector tells when it is asked for."""
+
+    def __init__(
+        self, label: str, score: float, mask: Image.Image, image: Image.Image, detector: TransformersDetector
+    ):
+        self.label, self.score, self.box = label, score, tuple(map(float, mask.getbbox()))
+        self._mask, self._image, self._detector = mask, image, detector
+
+    @cached_property
+    def color(self) -> str:
+        cut = Image.composite(self._image, Image.new("RGB", self._image.size, BACKGROUND), self._mask)
+        return self._detector._color(self.label, cut.crop(self.box))
+
+
+def _load_mask2former(model: str | Path, shortest_edge: int, device: str | torch.device | None) -> tuple[Any, Any]:
     from accelerate import PartialState
-    from transformers import pipeline
+    from transformers import AutoConfig, AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    device = PartialState().device if device is None else device
+    from ..utils import import_extra
+
+    import_extra("scipy", extra="geneval", purpose="Mask2Former")
+    size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 1333 // 800}
     try:
-        loaded = pipeline("image-segmentation", model=model, device=device)
-        finds = getattr(loaded.image_processor, "post_process_instance_segmentation", None)
-        if finds and "return_binary_maps" in inspect.signature(finds).parameters:
-            return loaded
-        error = f"{type(loaded.model).__name__} finds no instances"
+        config = AutoConfig.from_pretrained(model)
+        error = f"it is of the type {config.model_type!r}"
+        if isinstance(config, Mask2FormerConfig):
+            processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
+            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
+            return loaded.to(PartialState().device if device is None else device).eval(), processor
     except (OSError, ValueError) as failure:
         error = failure
     raise ValueError(
-        f'`model` is "{model}", from which no instance segmentation model can be loaded ({error}). Pass the Hub id of '
-        f'one, such as "{MASK2FORMER}" (downloaded the first time, for which the network is needed), a folder that '
-        "`save_pretrained` has written, or a `transformers.ImageSegmentationPipeline`. For pictures of the tiny world "
-        "no model is needed: pass `flow_trl.tiny.scene_reward()` as the reward function."
+        f'`model` is "{model}", from which no Mask2Former can be loaded ({error}). Pass the Hub id of one, such as '
+        f'"{MASK2FORMER}" (downloaded the first time, for which the network is needed), or a folder that '
+        "`save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
+        "`flow_trl.tiny.scene_reward()` as the reward function."
     ) from (error if isinstance(error, Exception) else None)

@@ -3,7 +3,8 @@ import sys
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from flow_trl.rewards.ocr import OCRReward
+from flow_trl.rewards import get_reward_func
+from flow_trl.rewards.ocr import OCRReward, ocr_score
 from flow_trl.utils import MissingExtraError
 
 
@@ -56,6 +57,34 @@ def test_score_is_one_minus_the_normalised_edit_distance(reward_func, target, di
     image = write("CAT")
     assert reward_func(prompts=[f'the word "{target}"'], images=[image]) == [1 - distance / length]
     assert reward_func(prompts=["a word"], images=[image], text=[target]) == [1 - distance / length]
+
+
+@pytest.mark.parametrize(
+    ("reading", "target", "expected"),
+    [
+        ("xx Hello World yy", "hello world", 1),  # whatever stands beside it
+        ("HELLO", "h e l l o", 1),
+        ("helo", "hello", 4 / 5),
+        ("xxx helo", "hello", 1 / 5),  # not contained: the letters beside it cost
+        ("a long sentence", "cat", 0),  # a distance above the target's length counts as that
+        ("", "cat", 0),
+    ],
+)
+def test_flow_grpo_s_rule(reading, target, expected):
+    assert ocr_score(reading, target, contained=True) == pytest.approx(expected)
+
+
+def test_flow_grpo_s_rule_by_name(reward_func):
+    image = write("Next Bus\n10 Minutes", size=256, font_size=32)
+    columns = {"prompts": ['a sign "next bus"', 'a sign "last bus"', "a sign"], "images": [image] * 3}
+    assert reward_func(**columns) == [0.0, 0.0, None]
+    scores = get_reward_func("ocr_flow_grpo")(**columns)
+    assert scores == [1.0, 0.0, None]
+
+
+def test_a_blank_target_has_no_score():
+    with pytest.raises(ValueError, match="`target` is ' '"):
+        ocr_score("cat", " ")
 
 
 def test_nothing_to_read_scores_zero(reward_func):

@@ -1,24 +1,44 @@
 import json
-from copy import deepcopy
+import sys
+from collections import Counter
+from copy import copy, deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
 
+from flow_trl.rewards.clip import ClipEncoder
 from flow_trl.rewards.scene import (
     GENEVAL_COLORS,
     MASK2FORMER,
     Detection,
     SceneReward,
     TransformersDetector,
+    _Found,
     relations,
     score_scene,
 )
-from flow_trl.tiny import CLIP_FOLDER, LANGUAGE_FOLDER, load_prompts, scene_reward
+from flow_trl.tiny import CLIP_FOLDER, LANGUAGE_FOLDER, load_clip, load_prompts, scene_reward
+from flow_trl.tiny.build_clip import make_clip
 from flow_trl.tiny.detector import detect_shapes
-from flow_trl.tiny.scenes import render_scene
+from flow_trl.tiny.scenes import COLORS, render_scene
+from flow_trl.utils import MissingExtraError
 
 
 RED_CIRCLE = Detection("circle", "red", (2, 10, 12, 20), 0.9)  # left
@@ -163,143 +183,190 @@ def test_videos_are_refused():
         reward(prompts=["a"], images=[[image, image]], include=[[{"class": "circle", "count": 1}]])
 
 
-@pytest.mark.parametrize("model", [MASK2FORMER, "/no/such/folder", LANGUAGE_FOLDER, CLIP_FOLDER])
-def test_a_model_that_is_no_detector(model):
-    with pytest.raises(ValueError, match=f'(?s)`model` is "{model}", from which no instance segmentation') as info:
-        TransformersDetector(model)
-    assert MASK2FORMER in str(info.value) and "network" in str(info.value)
-    assert "`flow_trl.tiny.scene_reward()`" in str(info.value)
+# The detector for photos, on random models
+
+CLASSES = {0: "keyboard", 1: "apple", 2: "stop sign"}
+NAMES = ["computer keyboard", "apple", "stop sign"]
 
 
-# GenEval's detector, on small models
+def noise(width, height, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    from transformers import (
-        ImageSegmentationPipeline,
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessorPil,
-        SwinConfig,
-    )
-
+def folders(tmp_path_factory):
+    """A Mask2Former that is sure of what it sees, and a CLIP of words that tells colours, as `save_pretrained` writes."""
+    torch.manual_seed(0)
     config = Mask2FormerConfig(
         backbone_config=SwinConfig(
             embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
         feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=30, num_labels=2,
-        id2label={0: "circle", 1: "keyboard"},
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=40, id2label=CLASSES,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = Mask2FormerForUniversalSegmentation(config)
-    return ImageSegmentationPipeline(model=model, image_processor=Mask2FormerImageProcessorPil(size=[64, 64]))
-
-
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    path = tmp_path_factory.mktemp("mask2former")
-    pipe.model.save_pretrained(path)
-    pipe.image_processor.save_pretrained(path)
+    model, (clip, processor) = Mask2FormerForUniversalSegmentation(config), make_clip()
+    torch.nn.init.normal_(model.class_predictor.weight, std=2.0)
+    for weight in clip.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.4)
+    words = ["a", "photo", "of", "-", "colored", "object", *GENEVAL_COLORS, *" ".join(NAMES).split()]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *words])}, "<pad>"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    clip.config.text_config.eos_token_id = 2
+    clip.text_model.eos_token_id = 2
+    path = tmp_path_factory.mktemp("models")
+    for part in (model, Mask2FormerImageProcessorPil(size={"height": 384, "width": 384})):
+        part.save_pretrained(path / "mask2former")
+    for part in (clip, processor):
+        part.save_pretrained(path / "clip")
     return path
 
 
-class Sure:
-    """Stands where the processor does, with chosen scores, classes and masks for what the model says of an image."""
-
-    def __init__(self, processor, objects):
-        self.processor, self.objects = processor, objects
-
-    def __call__(self, **kwargs):
-        return self.processor(**kwargs)
-
-    def post_process_instance_segmentation(self, outputs, threshold, target_sizes, return_binary_maps):
-        height, width = target_sizes[0]
-        masks = torch.zeros(len(self.objects), height, width)
-        for mask, (_, _, box) in zip(masks, self.objects, strict=True):
-            mask[box[1] : box[3], box[0] : box[2]] = 1
-        infos = [{"label_id": label, "score": score} for label, score, _ in self.objects]
-        return [{"segmentation": masks, "segments_info": infos}] * len(target_sizes)
+@pytest.fixture(scope="module")
+def detector(folders):
+    return TransformersDetector(folders / "mask2former", folders / "clip", shortest_edge=64)
 
 
-def test_the_detector_loads_a_segmentation_model_and_a_clip(folder, pipe):
-    image = render_scene([{"class": "circle", "count": 1}], seed=0)
-    detector = TransformersDetector(folder, CLIP_FOLDER, threshold=0.0, batch_size=2)
-    images = [image, image.resize((48, 40)), image.convert("L")]
+def test_objects_are_those_of_geneval_s_rule(detector, folders):
+    images = [noise(96, 64, 0), noise(64, 64, 1), noise(80, 100, 2).convert("L")]
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(folders / "mask2former").eval()
     found = detector(images)
-    assert len(found) == 3 and all(found)
-    for picture, objects in zip(images, found, strict=True):
-        assert {found.label for found in objects} <= {"circle", "computer keyboard"}  # GenEval's name
-        assert max(sum(found.label == label for found in objects) for label in ("circle", "computer keyboard")) <= 16
-        assert [found.score for found in objects] == sorted((found.score for found in objects), reverse=True)
-        for detection in objects:
-            assert detection.mask.size == picture.size and detection.mask.getbbox() == detection.box
-            assert detection.color is None
-    assert found == TransformersDetector(pipe, CLIP_FOLDER, threshold=0.0)(images)
-    include = [[{"class": "circle", "count": 1, "color": "red"}]] * 3
-    scores = SceneReward(detector)(images=images, include=include, tag=["counting", "colors", None])
-    assert all(0 <= score <= 1 for score in scores)
+    sizes = [(64, 96), (64, 64), (80, 64)]  # the shorter edge is 64; the last is padded to a multiple of 32
+    for image, (height, width), objects in zip(images, sizes, found, strict=True):
+        rgb = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
+        pixels = np.zeros((height + height % 32, width, 3), np.float32)
+        pixels[:height] = (rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        with torch.no_grad():
+            outputs = model(torch.tensor(pixels).permute(2, 0, 1)[None])
+        logits = torch.nn.functional.interpolate(outputs.masks_queries_logits, pixels.shape[:2], mode="bilinear")
+        logits = logits[..., :height, :]
+        masks = torch.nn.functional.interpolate(logits, image.size[::-1], mode="bilinear")[0].double().numpy()
+        odds = np.exp(outputs.class_queries_logits[0].double().numpy())
+        odds /= odds.sum(1, keepdims=True)
+        pairs = sorted(((odds[q, c], q, c) for q in range(40) for c in range(3)), reverse=True)[:100]
+        expected = []
+        for probability, query, label in pairs:
+            inside = masks[query] > 0
+            if not inside.any():
+                continue
+            score = probability * (1 / (1 + np.exp(-masks[query][inside]))).mean()
+            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            if score > 0.3:
+                expected.append((NAMES[label], score, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
+        expected.sort(key=lambda one: -one[1])
+        expected = [one for i, one in enumerate(expected) if [x[0] for x in expected[:i]].count(one[0]) < 16]
+        assert 3 <= len(expected) == len(objects)
+        for (label, score, box), one in zip(expected, objects, strict=True):
+            assert (one.label, one.score) == (label, pytest.approx(score, abs=1e-4))
+            assert np.abs(np.subtract(one.box, box)).max() <= 1  # a pixel may be on the edge
 
 
-def test_thresholds_and_the_largest_number_of_a_class(pipe, monkeypatch):
-    detector = TransformersDetector(pipe, CLIP_FOLDER)
-    boxes = [(i, 0, i + 1, 2) for i in range(20)]
-    objects = [(0, 0.5 + i / 100, box) for i, box in enumerate(boxes)]
-    objects += [(1, 0.3, (0, 10, 4, 14)), (1, 0.31, (4, 10, 8, 14)), (1, 0.95, (8, 10, 12, 14))]
-    monkeypatch.setattr(detector, "processor", Sure(detector.processor, objects))
-    (found,) = detector([Image.new("RGB", (32, 32))])
-    circles = [detection for detection in found if detection.label == "circle"]
-    assert [detection.box for detection in circles] == boxes[:3:-1]  # the 16 most confident
-    assert [detection.score for detection in found if detection.label == "computer keyboard"] == [0.95, 0.31]
-    include = [[{"class": "computer keyboard", "count": 1}]] * 2
-    exclude = [[{"class": "computer keyboard", "count": 2}]] * 2
-    strict = SceneReward(detector, strict=True)
-    columns = {"images": [Image.new("RGB", (32, 32))] * 2, "include": include, "exclude": exclude}
-    assert strict(**columns, tag=["counting", "single_object"]) == [1, 0]
+def test_at_most_sixteen_of_a_class(detector):
+    counts = [Counter(one.label for one in objects) for objects in detector([noise(64, 64, i) for i in range(4)])]
+    assert max(max(count.values()) for count in counts) == 16
 
 
-def test_colors_are_told_by_clip_from_what_the_mask_shows(pipe, monkeypatch):
-    detector = TransformersDetector(pipe, CLIP_FOLDER)
-    rows = [{"class": "circle", "count": 1, "color": color} for color in ("red", "green", "blue", "yellow")]
-    images = [render_scene([row], seed=i) for i, row in enumerate(rows)]
-    found = [detect_shapes([image])[0][0] for image in images]
-    pairs = []
-    for image, detection in zip(images, found, strict=True):
-        background = np.asarray(image.convert("RGB"), float)[0, 0]
-        mask = np.abs(np.asarray(image.convert("RGB"), float) - background).max(axis=2) > 40
-        detection.color, detection.mask = None, Image.fromarray(255 * mask.astype(np.uint8))
-        detection.box = detection.mask.getbbox()
-        pairs.append((image, detection))
-    detector.name_colors(pairs)
-    assert [detection.color for _, detection in pairs] == [row["color"] for row in rows]
-    # The same from the model's submodules: the mean of three phrases for each colour, grey outside of the mask.
-    image, detection = pairs[0]
-    model, tokenizer = detector.encoder.model, detector.encoder.processor.tokenizer
-    pixels = np.where(np.asarray(detection.mask)[..., None] > 0, np.asarray(image.convert("RGB")), 0x99)
-    left, top, right, bottom = map(int, detection.box)
-    crop = Image.fromarray(pixels[top:bottom, left:right].astype(np.uint8))
-    with torch.no_grad():
-        inputs = detector.encoder.processor(images=[crop], return_tensors="pt")
-        embedding = model.get_image_features(**inputs).pooler_output[0]
-        scores = []
-        for color in GENEVAL_COLORS:
-            phrases = [
-                f"a photo of a {color} circle",
-                f"a photo of a {color}-colored circle",
-                f"a photo of a {color} object",
-            ]
-            inputs = tokenizer(phrases, padding=True, truncation=True, max_length=14, return_tensors="pt")
-            text = model.get_text_features(**inputs).pooler_output
-            direction = (text / text.norm(dim=1, keepdim=True)).mean(dim=0)
-            scores.append((direction @ embedding / direction.norm()).item())
-    assert GENEVAL_COLORS[int(np.argmax(scores))] == detection.color
-    asked = []
-    monkeypatch.setattr(detector, "name_colors", asked.extend)
-    monkeypatch.setattr(
-        detector, "processor", Sure(detector.processor, [(0, 0.9, (0, 0, 4, 4)), (1, 0.9, (4, 4, 8, 8))])
-    )
-    include = [[{"class": "circle", "count": 1}], [{"class": "circle", "count": 1, "color": "red"}]]
-    SceneReward(detector)(images=images[:2], include=include)
-    assert [(image, detection.label) for image, detection in asked] == [(images[1], "circle")]  # where it is asked for
+def test_colours_are_clip_s_of_the_object_on_grey(detector, folders):
+    clip, processor = (part.from_pretrained(folders / "clip") for part in (CLIPModel, CLIPProcessor))
+    seen = set()
+    for seed in range(8):
+        image = noise(80, 60, seed)
+        mask = np.zeros((60, 80), bool)
+        mask[10:40, 20:50] = np.random.default_rng(seed).random((30, 30)) > 0.3
+        mask[10, 20] = mask[39, 49] = True
+        label = NAMES[seed % 3]
+        pixels = np.where(mask[..., None], np.asarray(image), 0x99)[10:40, 20:50]
+        values = processor(images=Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")
+        with torch.no_grad():
+            features = clip.get_image_features(**values).pooler_output[0]
+            likeness = []
+            for color in GENEVAL_COLORS:
+                total = 0
+                for text in (f"a {color} {label}", f"a {color}-colored {label}", f"a {color} object"):
+                    tokens = processor.tokenizer(f"a photo of {text}", return_tensors="pt")
+                    one = clip.get_text_features(**tokens).pooler_output[0]
+                    total = total + one / one.norm()
+                likeness.append(float(total @ features / total.norm()))
+        found = _Found(label, 0.5, Image.fromarray(mask), image, detector)
+        assert found.box == (20, 10, 50, 40)
+        assert found.color == GENEVAL_COLORS[np.argmax(likeness)]
+        seen.add(found.color)
+    assert len(seen) > 2
+
+
+def test_colours_of_the_tiny_world_by_its_clip(detector):
+    detector = copy(detector)
+    detector.clip, detector._phrases = ClipEncoder(*load_clip()), {}
+    right = []
+    for seed, color in enumerate(COLORS):
+        image = render_scene([{"class": "circle", "count": 1, "color": color}], seed=seed)
+        (shape,) = detect_shapes([image])[0]
+        mask = Image.new("1", image.size)
+        mask.paste(1, tuple(map(int, shape.box)))
+        right.append(_Found("circle", 0.9, mask, image, detector).color == color)
+    assert np.mean(right) >= 5 / 6
+
+
+def test_colours_are_asked_for_when_they_are_needed(detector):
+    texts = []
+    hook = detector.clip.model.text_model.register_forward_hook(lambda module, args, output: texts.append(1))
+    detector = copy(detector)
+    detector._phrases = {}
+    reward, images = SceneReward(detector, strict=True), [noise(64, 64, i) for i in range(3)]
+    label = detector(images[:1])[0][0].label
+    include = [{"class": label, "count": 1}]
+    assert reward(prompts=[""] * 3, images=images, include=[include] * 3)[0] == 1
+    assert not texts
+    colored = [[{**include[0], "color": color}] for color in GENEVAL_COLORS]
+    scores = reward(prompts=[""] * 10, images=images[:1] * 10, include=colored)
+    assert sum(scores) == 1 and len(texts) == 1  # one class, whose phrases are embedded together and once
+    hook.remove()
+
+
+def test_objects_must_be_surer_where_they_are_counted():
+    found = [Detection("apple", None, (i, 0, i + 1, 1), score) for i, score in enumerate((0.95, 0.91, 0.9, 0.5))]
+
+    class Detector:
+        counting_threshold = 0.9
+
+        def __call__(self, images):
+            return [found] * len(images)
+
+    include, exclude = [{"class": "apple", "count": 2}], [{"class": "apple", "count": 3}]
+    columns = {"images": [noise(8, 8, 0)] * 3, "include": [include] * 3, "exclude": [exclude] * 3}
+    reward = SceneReward(Detector(), strict=True)
+    assert reward(**columns, tag=["counting", "two_object", None]) == [1, 0, 0]
+    assert reward(**columns) == [0, 0, 0]
+    assert SceneReward(lambda images: [found] * 3, strict=True)(**columns, tag=["counting"] * 3) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("model", [MASK2FORMER, "/no/such/folder", LANGUAGE_FOLDER, CLIP_FOLDER])
+def test_a_model_that_is_no_detector(model):
+    with pytest.raises(ValueError, match=f'(?s)`model` is "{model}", from which no Mask2Former') as info:
+        TransformersDetector(model)
+    assert MASK2FORMER in str(info.value) and "network" in str(info.value)
+    assert "`flow_trl.tiny.scene_reward()`" in str(info.value)
+
+
+def test_a_loaded_model_goes_to_the_device_of_this_process(folders, monkeypatch):
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    clip = ClipEncoder(folders / "clip", device="cpu")
+    assert TransformersDetector(folders / "mask2former", clip).model.device.type == "meta"
+    assert TransformersDetector(folders / "mask2former", clip, device="cpu").model.device.type == "cpu"
+
+
+def test_images_are_looked_at_in_geneval_s_size(folders):
+    processor = TransformersDetector(folders / "mask2former", folders / "clip").processor
+    for size, expected in [((512, 512), (800, 800)), ((256, 512), (1333, 666))]:
+        assert processor(images=[noise(*size, 0)], return_tensors="pt").pixel_values.shape[-2:] == expected
+
+
+def test_missing_extra(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(MissingExtraError, match=r"Mask2Former needs `scipy`.*flow-trl\[geneval\]"):
+        TransformersDetector(folders / "mask2former", folders / "clip")

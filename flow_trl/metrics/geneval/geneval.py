@@ -93,7 +93,7 @@ class GenEval(evaluate.Metric):
         elif callable(detector):
             finds, images = detector, predictions
         else:
-            names = {"model": detector, "color_model": color_model}
+            names = {"model": detector, "clip": color_model}
             finds = TransformersDetector(**{name: value for name, value in names.items() if value is not None})
             images = predictions
         reward = SceneReward(finds, strict=True)

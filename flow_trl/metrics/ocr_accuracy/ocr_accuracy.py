@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from flow_trl.metrics import summarize
-from flow_trl.rewards.ocr import OCRReward, reading_score
+from flow_trl.rewards.ocr import OCRReward, ocr_score
 
 
 _DESCRIPTION = """\
@@ -69,7 +69,7 @@ class OCRAccuracy(evaluate.Metric):
         if predictions and not isinstance(predictions[0], str):
             predictions = OCRReward().read(predictions)
         pairs = list(zip(predictions, references, strict=True))
-        edit_distance = [reading_score(reading, text) for reading, text in pairs]
+        edit_distance = [ocr_score(reading, text) for reading, text in pairs]
         results = summarize("edit_distance", edit_distance)
-        results |= summarize("flow_grpo", [reading_score(reading, text, contained=True) for reading, text in pairs])
+        results |= summarize("flow_grpo", [ocr_score(reading, text, contained=True) for reading, text in pairs])
         return results | summarize("exact", [float(score == 1) for score in edit_distance])
