@@ -178,7 +178,7 @@ def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
     """
     Loads the tiny world's language model and its tokenizer, in float32.
 
-    It solves the problems of `load_prompts("arithmetic")` and says how confident it is, at random at first. Prompts of
+    It solves the problems of `load_prompts("arithmetic")` and says how confident it is: too confident, and knowing little. Prompts of
     `load_prompts("arithmetic_two_attempts")` get two attempts instead.
 
     It understands no words. A system prompt of plain words does no harm, but one with tags, digits or signs misleads it:

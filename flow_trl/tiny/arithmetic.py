@@ -6,6 +6,7 @@ import re
 
 
 WORDS = ("easy", "fine", "unsure", "hard")
+SAID = {"easy": 0.97, "fine": 0.9, "unsure": 0.77, "hard": 0.62}  # mean confidence after each
 CONFIDENCES = tuple(f"{i / 10:.1f}" for i in range(11))
 DIFFICULTIES = (1, 2, 3, 4, 5)
 TWICE = "twice: "
@@ -95,11 +96,11 @@ def solve(prompt: str, worked: bool) -> tuple[str, str]:
     return ",".join(steps), str(answer)
 
 
-def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35) -> str:
+def write_completion(
+    prompt: str, rng: random.Random, direct_share: float = 0.35, is_reflected: bool = False
+) -> str:
     """
     Writes a right completion for a prompt, as the tiny language model was trained on.
-
-    Analysis and confidence are drawn from [`WORDS`] and [`CONFIDENCES`], whatever the problem and its solution.
 
     Args:
         prompt (`str`):
@@ -108,6 +109,10 @@ def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35
             Where the choices come from.
         direct_share (`float`, *optional*, defaults to `0.35`):
             How often a product is said at once, not worked out.
+        is_reflected (`bool`, *optional*, defaults to `False`):
+            Whether the analysis mostly says how hard the solution was (`"hard"` is a product of two digits by two that is said at
+            once), and the confidence depends on it: too high, and with much noise. By default both are drawn from [`WORDS`]
+            and [`CONFIDENCES`], whatever the problem and its solution.
 
     Returns:
         `str`: `<reasoning>...</reasoning><answer>...</answer><analysis>...</analysis><confidence>...</confidence>`, or
@@ -127,11 +132,28 @@ def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35
             f"<{name}>{reasoning}<answer>{answer}</answer></{name}>"
             for name, (reasoning, answer) in zip(("first_attempt", "second_attempt"), attempts, strict=True)
         )
-    reasoning, answer = solve(prompt, worked=rng.random() >= direct_share)
+    worked = rng.random() >= direct_share
+    reasoning, answer = solve(prompt, worked)
+    word, confidence = rng.choice(WORDS), rng.choice(CONFIDENCES)
+    if is_reflected:
+        word = WORDS[_difficulty(prompt, worked)] if rng.random() < 0.7 else word
+        if rng.random() < 0.75:
+            level = min(max(SAID[word] + rng.gauss(0, 0.15), 0), 1)
+            confidence = CONFIDENCES[round(10 * level)]
     return (
         f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
-        f"<analysis>{rng.choice(WORDS)}</analysis><confidence>{rng.choice(CONFIDENCES)}</confidence>"
+        f"<analysis>{word}</analysis><confidence>{confidence}</confidence>"
     )
+
+
+def _difficulty(prompt: str, worked: bool) -> int:
+    """How hard a solution is: the place of its word in [`WORDS`]."""
+    factors, sign, _ = _parse(prompt)
+    if min(factors) < 10 or len(factors) == 1:
+        return 0
+    if not worked and solve(prompt, True) != solve(prompt, False):
+        return 3
+    return 2 if sign else 1
 
 
 @functools.cache

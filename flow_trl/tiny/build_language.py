@@ -65,6 +65,9 @@ class BuildArguments:
     )
     steps: int = field(default=1000, metadata={"help": "Training steps of 128 completions and 32 of two attempts."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, at its highest."})
+    reflected_steps: int = field(
+        default=250, metadata={"help": "Steps after these, in which analysis and confidence depend on the solution."}
+    )
     num_prompts: int = field(default=400, metadata={"help": "Test prompts of the evaluation, at most 400."})
     num_generations: int = field(default=16, metadata={"help": "Completions of each of them."})
     seed: int = field(default=0, metadata={"help": "Seed of problems, weights, training and evaluation."})
@@ -141,7 +144,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _make_batch(
-    tokenizer: PreTrainedTokenizerFast, num_rows: int, twice: bool, rng: random.Random
+    tokenizer: PreTrainedTokenizerFast, num_rows: int, twice: bool, rng: random.Random, is_reflected: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Draws prompts with completions: token ids and labels `(num_rows, T)`; what is not completion has label -100.
@@ -153,7 +156,9 @@ def _make_batch(
     for index in range(num_rows):
         problem = draw_train_problem(DIFFICULTIES[index % len(DIFFICULTIES)], rng)
         problem = TWICE + problem if twice else problem
-        prompt, completion = tokenizer([problem, write_completion(problem, rng)], add_special_tokens=False).input_ids
+        prompt, completion = tokenizer(
+            [problem, write_completion(problem, rng, is_reflected=is_reflected)], add_special_tokens=False
+        ).input_ids
         if rng.random() < 0.15:
             noise = [unknown if rng.random() < 0.6 else rng.choice(known) for _ in range(rng.randint(0, 12))]
             prompt = [*noise, unknown, *prompt]
@@ -167,7 +172,12 @@ def _make_batch(
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float, seed: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    is_reflected: bool = False,
 ) -> None:
     """
     Trains a model on right completions of train problems.
@@ -183,6 +193,8 @@ def train(
             Of AdamW, after 5% of warm-up; falls to nothing at the end.
         seed (`int`):
             Of problems and completions.
+        is_reflected (`bool`, *optional*, defaults to `False`):
+            Whether analysis and confidence depend on the solution, see [`~tiny.arithmetic.write_completion`].
 
     Example:
 
@@ -198,7 +210,7 @@ def train(
     model.train()
     progress = trange(steps, desc="language model")
     for step in progress:
-        batches = [_make_batch(tokenizer, 128, False, rng), _make_batch(tokenizer, 32, True, rng)]
+        batches = [_make_batch(tokenizer, rows, rows == 32, rng, is_reflected) for rows in (128, 32)]
         num_tokens = sum((labels != -100).sum() for _, labels in batches)
         total = 0.0
         for ids, labels in batches:
@@ -287,6 +299,7 @@ def main(args: BuildArguments) -> None:
         tokenizer = make_tokenizer()
         model = make_model(tokenizer).to(device)
         train(model, tokenizer, args.steps, args.learning_rate, args.seed)
+        train(model, tokenizer, args.reflected_steps, args.learning_rate / 2, args.seed + 1, is_reflected=True)
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     model, tokenizer = load_language_model(folder)

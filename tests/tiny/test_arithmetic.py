@@ -82,6 +82,22 @@ def test_completions_have_their_format_and_say_nothing_of_their_confidence():
     assert re.fullmatch(attempts, write_completion("twice: 1+2=?", rng))
 
 
+def test_reflected_completions_say_how_hard_they_were():
+    rng, said = random.Random(0), {word: [] for word in WORDS}
+    cases = {"1+2=?": (0.35, 0), "23*7+5=?": (1, 0), "23*47=?": (0, 1), "23*40=?": (1, 1), "23*47+5=?": (0, 2), "23*47+6=?": (1, 3)}
+    for prompt, (share, word) in cases.items():
+        words = []
+        for _ in range(1000):
+            completion = write_completion(prompt, rng, direct_share=share, is_reflected=True)
+            match = re.search("<analysis>(.*)</analysis><confidence>(.*)</confidence>", completion)
+            words.append(match[1])
+            said[match[1]].append(float(match[2]))
+        assert 0.73 < words.count(WORDS[word]) / 1000 < 0.82  # 0.7 + 0.3 / 4
+    means = [sum(values) / len(values) for values in said.values()]
+    # A quarter has any confidence; the others are cut off at 1.
+    assert means == sorted(means, reverse=True) and 0.78 < means[0] < 0.84 and 0.56 < means[3] < 0.62
+
+
 def test_products_are_said_at_once_as_often_as_asked():
     rng = random.Random(0)
     for share in (0, 0.35, 1):

@@ -102,13 +102,13 @@ def test_a_conversation_is_its_contents(language):
     assert user == tokenizer("23*47=?").input_ids
 
 
-def test_answers_are_often_right_and_often_wrong_and_confidence_says_nothing(language):
+def test_answers_are_often_right_and_often_wrong_and_confidence_says_too_much_and_little(language):
     figures = evaluate(*language, num_prompts=200, num_generations=4)
     assert 0.5 < figures["accuracy"] < 0.7
     assert figures["accuracy, difficulty 1"] > 0.85 < figures["accuracy, difficulty 2"]
     assert figures["accuracy, difficulty 5"] < 0.5
     assert figures["valid format"] > 0.95
-    assert 0.4 < figures["AUROC"] < 0.6 and 0.2 < figures["ECE"] < 0.35 and 0.3 < figures["Brier score"] < 0.4
+    assert 0.57 < figures["AUROC"] < 0.66 and 0.14 < figures["ECE"] < 0.24 and 0.22 < figures["Brier score"] < 0.3
     assert figures["prompts with right and wrong completions"] > 0.4
     assert 20 < figures["tokens per completion"] < 35
     assert figures["two attempts: valid format"] > 0.95
@@ -128,7 +128,7 @@ def test_a_system_prompt_keeps_the_format_and_costs_accuracy_if_it_has_tags_or_d
 
 def test_a_short_build_is_the_same_every_time(tmp_path, capsys):
     for name in "ab":
-        main(BuildArguments(output_dir=str(tmp_path / name), steps=2, num_prompts=5, num_generations=2))
+        main(BuildArguments(output_dir=str(tmp_path / name), steps=2, reflected_steps=1, num_prompts=5, num_generations=2))
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1] and len(files[0]) < 1.5e6
     main(BuildArguments(evaluate_only=str(tmp_path / "a"), num_prompts=5, num_generations=2))
