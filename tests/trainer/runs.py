@@ -20,6 +20,7 @@ from flow_trl import (
     TPGRPOConfig,
     TPGRPOTrainer,
 )
+from flow_trl.engines import local, whole
 from tests import pipelines, two_processes
 
 
@@ -64,7 +65,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        self.gradients.append(torch.cat([whole(gradient).flatten() for gradient in gradients]))
 
 
 class Told(TrainerCallback):
@@ -132,12 +133,11 @@ def make_trainer(
 
 
 def weights(trainer):
-    return torch.cat([trainer._trained[name].detach().flatten() for name in sorted(trainer._trained)])
+    return torch.cat([whole(trainer._trained[name]).flatten() for name in sorted(trainer._trained)])
 
 
 def averages(trainer):
-    shadows = dict(zip(trainer.ema.parameters, trainer.ema.average.shadow_params, strict=True))
-    return torch.cat([shadows[name].flatten() for name in sorted(shadows)])
+    return torch.cat([whole(trainer.ema.averages[name]).flatten() for name in sorted(trainer.ema.averages)])
 
 
 def relative(a, b):
@@ -235,6 +235,7 @@ def run(spec):
         "history": history,
         "evaluated": evaluated,
         "best": trainer.state.best_model_checkpoint,
+        "held": sum(local(p).numel() for p in trainer.model.parameters()) / trainer.model.num_parameters(),
     }
 
 

@@ -1,0 +1,42 @@
+"""Runs of `runs.py` on FSDP2 or DeepSpeed: accelerate, which has them on GPUs only, takes CPUs for GPUs here."""
+
+import os
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from tests import two_processes
+from tests.trainer import runs
+
+
+CONFIGS = two_processes.ROOT / "examples" / "accelerate_configs"
+
+
+def use(engine):
+    """Sets what `accelerate launch --config_file` sets."""
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE", "ACCELERATE_DEEPSPEED"))]:
+        del os.environ[name]
+    config = yaml.safe_load((CONFIGS / f"{engine}.yaml").read_text())
+    if engine == "fsdp2":
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ |= {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    elif config["distributed_type"] == "DEEPSPEED":
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(config["deepspeed_config"]["zero_stage"])
+
+
+def run(spec):
+    spec = dict(spec)
+    engine = spec.pop("engine")
+    use(engine)
+    return runs.run({**spec, "use_cpu": engine == "multi_gpu"})
+
+
+if __name__ == "__main__":
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    on_cpus = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda self, cpu=False, *args: (
+        on_cpus(self, cpu, *args) if cpu else ("gloo", DistributedType.MULTI_GPU)
+    )
+    two_processes.main(run)
