@@ -471,6 +471,7 @@ class Checkpoints(WholeCheckpoints):
             )
         for name, weight in self._trained.items():
             assign(weight, weights[name])
+        self._reshard()
         if self.ema is not None:
             self.ema.load(os.path.join(resume_from_checkpoint, AVERAGES_NAME))
 

@@ -105,6 +105,18 @@ def _set_zero(weight: torch.Tensor, value: torch.Tensor, moment: str | None = No
         weight.set_full_hp_param(value.to(weight.device), *key)
 
 
+def _zero_weights(zero: Any) -> list[torch.Tensor]:
+    """The flat weights of which this process trains a part."""
+    return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+
+
+def _link_moments(zero: Any) -> None:
+    """ZeRO-1 and 2 do this at their first update, before the moments of any but the first group are there."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = not zero.optimizer.state
+        zero._lazy_init_hp_params_optimizer_state()
+
+
 def _zero_moments(optimizer: torch.optim.Optimizer) -> tuple[list[str], dict[str, Any]]:
     """Names of the moments that an optimizer in ZeRO keeps of each weight, and what else it keeps (its step)."""
     flat, state = next(iter(optimizer.state.items()), (None, {}))
@@ -127,6 +139,7 @@ def zero_state(zero: Any, groups: list[list[torch.Tensor]]) -> dict[str, Any]:
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link_moments(zero)
     moments, rest = _zero_moments(zero.optimizer)
     weights = [weight for group in groups for weight in group]
     state = {
@@ -150,18 +163,16 @@ def load_zero_state(zero: Any, groups: list[list[torch.Tensor]], state: dict[str
     if not state["state"]:
         return
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     kept, shape = state["state"][0], getattr(weights[0], "ds_shape", weights[0].shape)
     moments = [name for name, value in kept.items() if torch.is_tensor(value) and value.shape == shape]
-    for flat in zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups:
+    for flat in _zero_weights(zero):
         rest = {name: value for name, value in kept.items() if name not in moments}
         rest = {
             name: value.to(flat.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
             for name, value in rest.items()
         }
         optimizer.state[flat] = {name: torch.zeros_like(flat) for name in moments} | rest
-    if not is_stage_3:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link_moments(zero)
     for index, weight in enumerate(weights):
         for name in moments:
             _set_zero(weight, state["state"][index][name], name)
@@ -239,6 +250,12 @@ class Engines:
         """For sampling before training: FSDP and DeepSpeed place it when training begins."""
         if self._is_sharded and not self.accelerator._models:
             self.policy.denoiser.to(self.accelerator.device)
+
+    def _reshard(self) -> None:
+        """After weights were written: FSDP keeps a whole copy of some from the last pass without gradients."""
+        for module in self.policy.denoiser.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)

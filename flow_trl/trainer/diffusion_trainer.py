@@ -441,7 +441,9 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
     def _evaluated_weights(self):
         """Within this context the denoiser has the weights that are evaluated and saved."""
         with self.ema.applied() if self.ema is not None else nullcontext():
+            self._reshard()
             yield
+        self._reshard()
 
     _make_card = staticmethod(diffusion_card)
     _card_note: str | None = None

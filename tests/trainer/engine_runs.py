@@ -21,22 +21,25 @@ def use(engine):
     if engine == "fsdp2":
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
-    elif config["distributed_type"] == "DEEPSPEED":
+    else:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(config["deepspeed_config"]["zero_stage"])
 
 
 def run(spec):
     spec = dict(spec)
-    engine = spec.pop("engine")
-    use(engine)
-    return runs.run({**spec, "use_cpu": engine == "multi_gpu"})
+    use(spec.pop("engine"))
+    os.environ |= spec.pop("environment", {})
+    refused = spec.pop("refused", False)
+    try:
+        return runs.run({**spec, "use_cpu": False})
+    except ValueError as error:
+        if not refused:
+            raise
+        return str(error)
 
 
 if __name__ == "__main__":
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    on_cpus = PartialState._prepare_backend
-    PartialState._prepare_backend = lambda self, cpu=False, *args: (
-        on_cpus(self, cpu, *args) if cpu else ("gloo", DistributedType.MULTI_GPU)
-    )
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     two_processes.main(run)

@@ -193,6 +193,7 @@ def run(spec):
     """Trains, and returns everything that should not depend on the number of processes."""
     spec = dict(spec)
     resume, easy, told = spec.pop("resume", None), spec.pop("easy", ()), spec.pop("told", None)
+    save = spec.pop("save", False)
     recorder = Recorder()
     trainer = make_trainer(
         reward_funcs=recorder,
@@ -214,6 +215,8 @@ def run(spec):
     except SystemExit as error:
         assert told and error.code == 128 + signal.SIGTERM
         return {"updates": trainer.state.global_step}
+    if save:
+        trainer.save_model()
     history = [
         {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
         for entry in trainer.state.log_history
@@ -235,7 +238,7 @@ def run(spec):
         "history": history,
         "evaluated": evaluated,
         "best": trainer.state.best_model_checkpoint,
-        "held": sum(local(p).numel() for p in trainer.model.parameters()) / trainer.model.num_parameters(),
+        "held": sum(local(weight).numel() for weight in trainer._trained.values()) / start.numel(),
     }
 
 
