@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from .engines import gathered, part, trained
 from .utils import import_extra
 
 
@@ -55,7 +55,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, update_steps: int):
         self.parameters = parameters
         self.decay, self.update_steps = decay, update_steps
-        self.average = EMAModel(parameters.values(), decay=decay, min_decay=decay, update_after_step=-1)
+        self.averages = {name: weight.detach().clone() for name, weight in parameters.items()}
 
     def initial_share(self, updates: int) -> float:
         """Weight of the initial weights in the average after as many updates."""
@@ -70,30 +70,39 @@ class EMACallback(TrainerCallback):
                 *(self.decay, self.update_steps, state.max_steps, 100 * share),
             )
 
+    @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.update_steps == 0:
-            self.average.step(self.parameters.values())
+            for name, average in self.averages.items():
+                average.sub_((1 - self.decay) * (average - trained(self.parameters[name])))
 
     @contextmanager
     def applied(self):
         """Within this context the parameters hold their averages."""
-        self.average.store(self.parameters.values())
-        self.average.copy_to(self.parameters.values())
+        with gathered(self.parameters.values()):
+            stored = {name: weight.detach().to("cpu", copy=True) for name, weight in self.parameters.items()}
+            self._write(self.averages)
         try:
             yield
         finally:
-            self.average.restore(self.parameters.values())
+            with gathered(self.parameters.values()):
+                self._write(stored)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the averages to a safetensors file."""
-        tensors = dict(zip(self.parameters, self.average.shadow_params, strict=True))
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, weight in self.parameters.items():
+            weight.copy_(values[name])
+
+    def follow(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Goes on with parameters that FSDP or DeepSpeed put in the place of those before."""
+        self.parameters = parameters
+        self.averages = {name: part(average, parameters[name]) for name, average in self.averages.items()}
 
     def load(self, path: str | Path) -> None:
-        """Reads averages that `save` wrote."""
+        """Reads averages from a safetensors file."""
         tensors = load_file(path)
-        for name, shadow in zip(self.parameters, self.average.shadow_params, strict=True):
-            shadow.copy_(tensors[name])
+        for name, average in self.averages.items():
+            average.copy_(part(tensors[name], average))
 
 
 class OnPolicyCallback(TrainerCallback):

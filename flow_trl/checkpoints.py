@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from .conditioning import digest
+from .engines import assign, whole, with_weights
 from .generation import Generation, Sampled, Sampler, ScoringError
 from .loading import active_adapter, save_lora
 from .preemption import Preempted, Preemption
@@ -41,7 +42,7 @@ from .resuming import (
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_NAME = "trained_weights.safetensors"
+WEIGHTS_NAME, AVERAGES_NAME = "trained_weights.safetensors", "ema_weights.safetensors"
 MANIFEST_NAME, RUN_NAME = "manifest.json", "run.json"
 
 
@@ -267,15 +268,18 @@ class WholeCheckpoints:
             logger.warning(
                 "%s goes on from %s, because later ones are not whole: %s.", given, path, "; ".join(damages)
             )
-        reads_pickles = self.is_deepspeed_enabled or (
-            self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        )
-        if reads_pickles and not self.args.trust_checkpoint:
+        if self._reads_pickles and not self.args.trust_checkpoint:
             raise ValueError(
                 f"{given}: DeepSpeed and sharded FSDP read pickles from a checkpoint, which can run any code. If you know that this one "
                 "is your own, set `trust_checkpoint=True`."
             )
         return path, self._compared(path, given)
+
+    @property
+    def _reads_pickles(self) -> bool:
+        return self.is_deepspeed_enabled or (
+            self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        )
 
     def _lacking(self, path: str) -> str | None:
         with open(os.path.join(path, RUN_NAME)) as file:
@@ -392,6 +396,8 @@ class Checkpoints(WholeCheckpoints):
     generation that is not used up, and the state of its credit assignment (`_save_credit`, `_load_credit`).
     """
 
+    _reads_pickles = False
+
     def _known(self) -> dict[str, Any]:
         modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         frozen = [weight for module in modules for weight in module.parameters() if not weight.requires_grad]
@@ -444,20 +450,16 @@ class Checkpoints(WholeCheckpoints):
     def _save_more(self, folder: str) -> None:
         if self.state.global_step % self._updates_per_generation and not self.args.save_only_model:
             self._generation.save(os.path.join(folder, f"generation_{self.accelerator.process_index}.safetensors"))
-        if self.args.should_save:
-            if not self.is_fsdp_enabled:
-                weights = {name: weight.detach().contiguous().cpu() for name, weight in self._trained.items()}
-                totals = {name: str(total) for name, total in self._totals.items()}
-                save_file(weights, os.path.join(folder, WEIGHTS_NAME), metadata=totals)
-            if self.ema is not None:
-                self.ema.save(os.path.join(folder, "ema_weights.safetensors"))
+        averages = self.ema.averages if self.ema is not None else {}
+        for name, tensors in ((WEIGHTS_NAME, self._trained), (AVERAGES_NAME, averages)):
+            tensors = {key: whole(tensor).contiguous().cpu() for key, tensor in tensors.items()}
+            if tensors and self.args.should_save:
+                totals = {key: str(total) for key, total in self._totals.items()}
+                save_file(tensors, os.path.join(folder, name), metadata=totals)
         self._save_credit(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._resumed_from, self._generation = resume_from_checkpoint, None
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         path = os.path.join(resume_from_checkpoint, WEIGHTS_NAME)
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
@@ -467,11 +469,11 @@ class Checkpoints(WholeCheckpoints):
                 f"`resume_from_checkpoint={resume_from_checkpoint!r}` has {len(weights)} trained tensors, the model has "
                 f"{len(self._trained)} others: use the `peft_config` of the run that wrote it."
             )
-        with torch.no_grad():
-            for name, weight in self._trained.items():
-                weight.copy_(weights[name])
+        for name, weight in self._trained.items():
+            assign(weight, weights[name])
+        self._reshard()
         if self.ema is not None:
-            self.ema.load(os.path.join(resume_from_checkpoint, "ema_weights.safetensors"))
+            self.ema.load(os.path.join(resume_from_checkpoint, AVERAGES_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -487,11 +489,6 @@ class Checkpoints(WholeCheckpoints):
         self._load_credit(path)
 
     def _resume_generation(self) -> None:
-        if self._resumed_from is None:
-            raise ValueError(
-                "`resume_from_checkpoint` was written within a generation, which does not work with DeepSpeed: resume from "
-                f"a checkpoint at a multiple of {self._updates_per_generation} updates."
-            )
         name = f"generation_{self.accelerator.process_index}.safetensors"
         generation = Generation.load(os.path.join(self._resumed_from, name))
         self._encode(generation.rows.tolist())
@@ -503,17 +500,20 @@ class Checkpoints(WholeCheckpoints):
         output_dir = output_dir or self.args.output_dir
         denoisers = self.policy.denoisers
         os.makedirs(output_dir, exist_ok=True)
-        with self._evaluated_weights():
+        with nullcontext() if state_dict is not None else self._evaluated_weights():
             if self.is_lora:
                 save_lora(self.pipe, denoisers, output_dir, state_dict)
-            elif os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
-                for name, denoiser in denoisers.items():
-                    denoiser.save_pretrained(os.path.join(output_dir, name))
-            else:
-                self.pipe.save_pretrained(output_dir)
+                return
+            with with_weights(self.pipe, denoisers, state_dict) as denoisers:
+                if os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
+                    for name, denoiser in denoisers.items():
+                        denoiser.save_pretrained(os.path.join(output_dir, name))
+                else:
+                    self.pipe.save_pretrained(output_dir)
 
     def _scored(self, sampler: Sampler, *args, **kwargs) -> Sampled | BaseException:
         """What a sampler makes, or the error of a reward function or [`Preempted`]."""
+        self._place_denoiser()
         description = "Sampling" if sampler is self._sampler else "Evaluating"
         kwargs |= {"decode_batch_size": self.args.per_device_decode_batch_size, "trainer_state": self.state}
         with self.console.progress(len(args[1]), description) as bar:

@@ -122,7 +122,7 @@ class Plan:
         copies = 4 * self.trained_parameters if self.bf16 and self.engine.startswith("zero") else 0
         return held | {
             "optimizer": (self.moments + copies) // shares,
-            "moving average": self.average,
+            "moving average": self.average // (shares if self.engine == "fsdp2" else 1),
             "reference": self.reference,
         }
 

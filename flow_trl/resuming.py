@@ -14,6 +14,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from . import __version__
+from .engines import local
 
 
 # Each field of each config is in one of these sets (a test asks for it).
@@ -149,7 +150,7 @@ def sampled_digest(weights: Iterable[torch.Tensor]) -> str:
 
 def plain_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight as a tensor of which numbers can be read; of FSDP's, this process's part."""
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight.detach()
+    weight = local(weight)
     is_torchao = type(weight) not in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
     return weight.dequantize() if is_torchao else weight
 

@@ -237,14 +237,6 @@ def test_no_code_of_a_checkpoint_runs(copied, tmp_path, name):
     assert not mark.exists()
 
 
-def test_engines_that_read_pickles_are_not_trusted(saved):
-    trainer = make_trainer(saved, **SAVING)
-    trainer.is_deepspeed_enabled = True
-    refused(trainer, str(saved / "checkpoint-1"), "can run any code", "`trust_checkpoint=True`")
-    trainer.args.trust_checkpoint, trainer.args.guidance_scale = True, 9.0
-    refused(trainer, str(saved / "checkpoint-1"), "`guidance_scale` was 2.0")
-
-
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls, real = [], {"fsync": os.fsync, "replace": os.replace}
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.readlink(f"/proc/self/fd/{fd}")) or real["fsync"](fd))
@@ -272,3 +264,10 @@ def test_language_models_too(tmp_path, caplog):
     assert "checkpoint-2: its file `optimizer.pt` is damaged" in caplog.text
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
     assert "temperature" in json.loads((tmp_path / "checkpoint-3" / "run.json").read_text())["run"]
+    trainer = text_runs.make_trainer(tmp_path, temperature=0.5, **config)
+    trainer.is_deepspeed_enabled = True  # whose checkpoints of language models are pickles
+    with pytest.raises(ValueError, match="can run any code.*`trust_checkpoint=True`"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.args.trust_checkpoint = True
+    with pytest.raises(ValueError, match="`temperature` was 1.0, now 0.5"):
+        trainer.train(resume_from_checkpoint=True)

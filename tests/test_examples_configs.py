@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 DISTRIBUTED_TYPES = {
     "deepspeed_zero2": "DEEPSPEED",
+    "deepspeed_zero3": "DEEPSPEED",
     "fsdp2": "FSDP",
     "multi_gpu": "MULTI_GPU",
     "multi_node": "MULTI_GPU",
@@ -48,5 +49,6 @@ def test_the_slurm_script_starts_a_launcher_per_node(tmp_path):
 
 
 def test_sharding():
-    assert load_config_from_file(str(FOLDER / "deepspeed_zero2.yaml")).deepspeed_config["zero_stage"] == 2
+    for stage in (2, 3):
+        assert load_config_from_file(str(FOLDER / f"deepspeed_zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2

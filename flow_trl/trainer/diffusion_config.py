@@ -134,9 +134,6 @@ class DiffusionConfig(TrainingArguments):
         log_completions_hub_repo (`str`, *optional*):
             Data set on the Hub to which the tables are uploaded, every two minutes and at the end. It is made if it is not
             there; public, unless `hub_private_repo=True`.
-        trust_checkpoint (`bool`, *optional*, defaults to `False`):
-            Whether a resumed run may read pickles, which can run any code, from its checkpoint. DeepSpeed and sharded FSDP
-            need it; everything else is read as tensors.
 
     Raises:
         TypeError: if an argument has another type than its annotation.
@@ -238,9 +235,6 @@ class DiffusionConfig(TrainingArguments):
     )
     log_completions_hub_repo: str | None = field(
         default=None, metadata={"help": "Data set on the Hub to which `log_completions` uploads its tables."}
-    )
-    trust_checkpoint: bool = field(
-        default=False, metadata={"help": "Whether a resumed run may read pickles, for DeepSpeed and sharded FSDP."}
     )
 
     @property

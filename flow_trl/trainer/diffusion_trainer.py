@@ -21,6 +21,7 @@ from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
 from ..console import use_console
+from ..engines import Engines
 from ..generation import Chunk, Generation, SampledChunks, Sampler
 from ..held_out import Evaluations, upload_completions
 from ..loading import compile_denoisers, load_pipeline, model_name, place_components, prepare_denoisers
@@ -36,7 +37,7 @@ from .diffusion_config import DiffusionConfig
 logger = logging.get_logger(__name__)
 
 
-class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
+class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
     """
     Shared parent of the trainers of diffusers pipelines; not used by itself.
 
@@ -151,10 +152,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
             optimizers=optimizers,
         )
         self.console, self._uploads = use_console(self), upload_completions(args)
-        if self.is_fsdp_enabled and not self.is_lora:
-            raise ValueError(
-                "`peft_config=None` trains all weights, which does not work with FSDP: pass a `LoraConfig`, or use DDP."
-            )
+        self._check_engine()
         processes = self.accelerator.num_processes
         images = args.per_device_train_batch_size * processes * args.updates_per_generation
         steps = args.num_trained_steps // args.num_sweeps
@@ -169,10 +167,6 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
         self._trained = {name: weight for name, weight in denoiser.named_parameters() if weight.requires_grad}
         self.ema = None
         if args.ema_decay:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"`ema_decay={args.ema_decay}` does not work with FSDP or DeepSpeed: set `ema_decay=0`."
-                )
             self.ema = EMACallback(self._trained, args.ema_decay, args.ema_update_steps)
             self.add_callback(self.ema)
         self.add_callback(OnPolicyCallback(self))
@@ -372,7 +366,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
         """The micro-batches of an update, by its number in the generation."""
         generation, size = self._generation, self.args.per_device_train_batch_size
         sweep, update = divmod(position, self.args.updates_per_generation)
-        skipped = int(generation.skipped[update])
+        skipped = 0 if self.is_deepspeed_enabled else int(generation.skipped[update])  # its backward needs gradients
         batches = []
         for number, chunk in enumerate(generation.order[update].split(size), 1):
             for k in self._trained_steps(chunk, sweep % self.args.num_sweeps):
@@ -447,7 +441,9 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Trainer):
     def _evaluated_weights(self):
         """Within this context the denoiser has the weights that are evaluated and saved."""
         with self.ema.applied() if self.ema is not None else nullcontext():
+            self._reshard()
             yield
+        self._reshard()
 
     _make_card = staticmethod(diffusion_card)
     _card_note: str | None = None

@@ -20,6 +20,7 @@ from flow_trl import (
     TPGRPOConfig,
     TPGRPOTrainer,
 )
+from flow_trl.engines import local, whole
 from tests import pipelines, two_processes
 
 
@@ -64,7 +65,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        self.gradients.append(torch.cat([whole(gradient).flatten() for gradient in gradients]))
 
 
 class Told(TrainerCallback):
@@ -132,12 +133,11 @@ def make_trainer(
 
 
 def weights(trainer):
-    return torch.cat([trainer._trained[name].detach().flatten() for name in sorted(trainer._trained)])
+    return torch.cat([whole(trainer._trained[name]).flatten() for name in sorted(trainer._trained)])
 
 
 def averages(trainer):
-    shadows = dict(zip(trainer.ema.parameters, trainer.ema.average.shadow_params, strict=True))
-    return torch.cat([shadows[name].flatten() for name in sorted(shadows)])
+    return torch.cat([whole(trainer.ema.averages[name]).flatten() for name in sorted(trainer.ema.averages)])
 
 
 def relative(a, b):
@@ -193,6 +193,7 @@ def run(spec):
     """Trains, and returns everything that should not depend on the number of processes."""
     spec = dict(spec)
     resume, easy, told = spec.pop("resume", None), spec.pop("easy", ()), spec.pop("told", None)
+    save = spec.pop("save", False)
     recorder = Recorder()
     trainer = make_trainer(
         reward_funcs=recorder,
@@ -214,6 +215,8 @@ def run(spec):
     except SystemExit as error:
         assert told and error.code == 128 + signal.SIGTERM
         return {"updates": trainer.state.global_step}
+    if save:
+        trainer.save_model()
     history = [
         {name: value for name, value in entry.items() if "time" not in name and "per_second" not in name}
         for entry in trainer.state.log_history
@@ -235,6 +238,7 @@ def run(spec):
         "history": history,
         "evaluated": evaluated,
         "best": trainer.state.best_model_checkpoint,
+        "held": sum(local(weight).numel() for weight in trainer._trained.values()) / start.numel(),
     }
 
 
