@@ -42,10 +42,11 @@ trainer = TPGRPOTrainer(model, reward_funcs=["ocr", darkness, judged], ...)
 ```
 
 Built-in names: `"ocr"` and `"ocr_flow_grpo"` ([`~rewards.ocr.OCRReward`]), [`~rewards.jpeg.jpeg_compressibility`] and
-[`~rewards.jpeg.jpeg_incompressibility`]; and, which load a model from the Hub, `"geneval"` and `"geneval_strict"`,
-also called `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`] with
-[`~rewards.scene.TransformersDetector`]), `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"`
-([`~rewards.clip.PickScore`]) and `"aesthetic"` ([`~rewards.clip.AestheticScore`]). The tiny world has scene rewards of
+[`~rewards.jpeg.jpeg_incompressibility`]; and, which load a model from the Hub, `"geneval"` and `"geneval_strict"`, also
+called `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`] with [`~rewards.scene.TransformersDetector`]),
+`"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"` ([`~rewards.clip.PickScore`]), `"aesthetic"`
+([`~rewards.clip.AestheticScore`]), `"hpsv2"` ([`~rewards.hps.HPSv2`]) and `"vlm_judge"` ([`~rewards.judge.VLMJudge`]).
+The tiny world has scene rewards of
 its own, [`~flow_trl.tiny.scene_reward`].
 """
 
@@ -77,6 +78,7 @@ BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
     "clip_score": lambda: _load("clip", "ClipScore")(),
     "geneval": lambda: _scene_reward("geneval"),
     "geneval_strict": lambda: _scene_reward("geneval_strict"),
+    "hpsv2": lambda: _load("hps", "HPSv2")(),
     "jpeg_compressibility": lambda: _load("jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": lambda: _load("jpeg", "jpeg_incompressibility"),
     "ocr": lambda: _load("ocr", "OCRReward")(),
@@ -84,6 +86,7 @@ BUILT_IN_REWARDS: dict[str, Callable[[], Callable]] = {
     "pickscore": lambda: _load("clip", "PickScore")(),
     "scene": lambda: _scene_reward("scene"),
     "scene_strict": lambda: _scene_reward("scene_strict"),
+    "vlm_judge": lambda: _load("judge", "VLMJudge")(),
 }
 
 

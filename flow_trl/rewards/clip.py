@@ -1,8 +1,6 @@
 """Rewards from a CLIP model: agreement of image and prompt, human preference and aesthetics."""
 
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
+
+from .frames import FrameReward
 
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
@@ -145,10 +145,7 @@ class ClipEncoder:
         return self.model.get_image_features(pixel_values).pooler_output.float()
 
 
-class _ClipReward:
-    __name__: str
-    takes_videos = True
-
+class _ClipReward(FrameReward):
     def __init__(
         self,
         model: str | Path | CLIPModel,
@@ -157,54 +154,8 @@ class _ClipReward:
         batch_size: int,
         num_frames: int,
     ):
-        if num_frames < 1:
-            raise ValueError(f"`num_frames` is {num_frames}: it must be 1 or more.")
-        self.num_frames = num_frames
+        super().__init__(batch_size, num_frames)
         self.encoder = ClipEncoder(model, processor, device=device, batch_size=batch_size)
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: list[str], images: list[Image.Image] | list[list[Image.Image]], **columns: Any
-    ) -> list[float]:
-        """
-        Scores images or videos.
-
-        Args:
-            prompts (`list[str]`):
-                The prompt of each image; what goes beyond the model's context is cut off.
-            images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-                Images of any size and mode, or videos as lists of frames. The processor resizes them and cuts out the
-                middle.
-            columns:
-                Not used.
-
-        Returns:
-            `list[float]`: one score per image; for a video the mean of `num_frames` frames.
-
-        Raises:
-            ValueError: if there are not as many prompts as images.
-        """
-        if len(prompts) != len(images):
-            raise ValueError(
-                f"The reward `{self.__name__}` got {len(prompts)} `prompts` and {len(images)} `images`: pass one "
-                "prompt per image."
-            )
-        videos = [self._pick(image) if isinstance(image, list) else [image] for image in images]
-        frames = [frame for video in videos for frame in video]
-        prompts = [prompt for prompt, video in zip(prompts, videos, strict=True) for _ in video]
-        step, scores = self.encoder.batch_size, []
-        for start in range(0, len(frames), step):
-            scores += self._score(prompts[start : start + step], frames[start : start + step]).tolist()
-        of_frames = iter(scores)
-        return [sum(islice(of_frames, len(video))) / len(video) for video in videos]
-
-    def _pick(self, video: list[Image.Image]) -> list[Image.Image]:
-        """The middle frame of each of `num_frames` equal parts, or all frames if there are fewer."""
-        count = min(self.num_frames, len(video))
-        return [video[(2 * i + 1) * len(video) // (2 * count)] for i in range(count)]
-
-    def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-        raise NotImplementedError
 
     def _cosine(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return F.cosine_similarity(self.encoder.embed_images(images), self.encoder.embed_texts(prompts))
@@ -434,18 +385,37 @@ def _load_processor(processor: str | Path | CLIPProcessor | None, model: CLIPMod
         ) from error
 
 
+def find_file(name: str | Path, argument: str, example: str) -> Path:
+    """The path of a file here, or of `"owner/repository/file"` from the Hub; `argument` and `example` are for the error."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    owner, repository, file = [*path.as_posix().split("/", 2), "", ""][:3]
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'`{argument}` is "{name}", which is no file here, and cannot be had from the Hub ({error}). Pass the path '
+            f'of a file, or "owner/repository/file" such as "{example}" (downloaded the first time, for which the '
+            "network is needed)."
+        ) from error
+
+
+def refuse_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], problem: str) -> None:
+    """Raises an error that begins with `problem` if weights differ in names or shapes."""
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, found)]
+    differences = [
+        f"`{name}` is {shapes[1].get(name, 'missing')}, not {shapes[0].get(name, 'expected')}"
+        for name in shapes[0] | shapes[1]
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise ValueError(f"{problem}: {'; '.join(differences[:10])}{more}.")
+
+
 def _load_head(head: str | Path, dim: int) -> nn.Sequential:
-    path = Path(head)
-    if not path.is_file():
-        owner, repository, file = [*path.as_posix().split("/", 2), "", ""][:3]
-        try:
-            path = Path(hf_hub_download(f"{owner}/{repository}", file))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'`head` is "{head}", which is no file here, and cannot be had from the Hub ({error}). Pass the path '
-                f'of a .pth or .safetensors file, or "owner/repository/file" such as "{AESTHETIC_HEAD}" (downloaded '
-                "the first time, for which the network is needed)."
-            ) from error
+    path = find_file(head, "head", AESTHETIC_HEAD)
     weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     layers = nn.Sequential(
         nn.Linear(dim, 1024),
@@ -457,18 +427,12 @@ def _load_head(head: str | Path, dim: int) -> nn.Sequential:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
-    expected = {f"layers.{name}": tuple(weight.shape) for name, weight in layers.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    differences = [
-        f"`{name}` is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
-        for name in expected | found
-        if found.get(name) != expected.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f'`head` is "{head}", which does not fit LAION\'s aesthetic predictor on embeddings of {dim} numbers, '
-            f"those of `model`: {'; '.join(differences)}. Pass the `model` that the head was trained on (for the "
-            f'default head "{OPENAI_CLIP}"), or a head that was trained on this one.'
-        )
+    refuse_differences(
+        {f"layers.{name}": weight for name, weight in layers.state_dict().items()},
+        weights,
+        f'`head` is "{head}", which does not fit LAION\'s aesthetic predictor on embeddings of {dim} numbers, those of '
+        f'`model`. Pass the `model` that the head was trained on (for the default head "{OPENAI_CLIP}"), or a head that '
+        "was trained on this one",
+    )
     layers.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
     return layers.float().eval().requires_grad_(False)

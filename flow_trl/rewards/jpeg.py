@@ -12,13 +12,7 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
     """
     Rewards images that compress well: minus the size as JPEG of quality 95, in kilobytes of 1000 bytes.
 
-    Args:
-        prompts (`list[str]`):
-            Not used.
-        images (`list[PIL.Image.Image]`):
-            Images to score, of any size and mode.
-        columns:
-            Not used.
+    Called as [`flow_trl.rewards`] says, with images of any size and mode; only `images` is used.
 
     Returns:
         `list[float]`: one reward per image, below 0. Images of equal size only should be compared.
@@ -43,20 +37,6 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
 def jpeg_incompressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
     """
     Rewards images that are rich in detail: the negative of [`~rewards.jpeg.jpeg_compressibility`].
-
-    Args:
-        prompts (`list[str]`):
-            Not used.
-        images (`list[PIL.Image.Image]`):
-            Images to score, of any size and mode.
-        columns:
-            Not used.
-
-    Returns:
-        `list[float]`: one reward per image, above 0. Images of equal size only should be compared.
-
-    Raises:
-        ValueError: if an image is a video.
 
     Example:
 

@@ -119,17 +119,9 @@ class OCRReward:
         self, prompts: list[str], images: list[Image.Image], text: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """
-        Scores images.
+        Scores images of any size and mode, see [`flow_trl.rewards`].
 
-        Args:
-            prompts (`list[str]`):
-                Prompts. The target is what stands first in double quotes, where `text` does not give one.
-            images (`list[PIL.Image.Image]`):
-                Images to read, of any size and mode.
-            text (`list[str | None]`, *optional*):
-                Targets, from the data set's column `text`; `None` entries are looked for in the prompt.
-            columns:
-                Not used.
+        The target is what stands first in double quotes in the prompt, where the column `text` gives none.
 
         Returns:
             `list[float | None]`: one score in [0, 1] per image, `None` where there is no target.

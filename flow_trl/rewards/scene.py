@@ -241,13 +241,9 @@ class SceneReward:
         **columns,
     ) -> list[float | None]:
         """
-        Scores images.
+        Scores images of any size, see [`flow_trl.rewards`]; prompts are not used.
 
         Args:
-            prompts (`list[str]`, *optional*):
-                Not used; here because every image reward gets them.
-            images (`list[PIL.Image.Image]`):
-                Images of any size.
             include (`list[list[dict] | None]`):
                 Per image what it must show, see [`score_scene`]; `None` where the reward does not apply.
             exclude (`list[list[dict] | None]`, *optional*):
@@ -255,8 +251,6 @@ class SceneReward:
             tag (`list[str | None]`, *optional*):
                 GenEval's kind of each row. Where it is `"counting"`, only objects whose score is above the detector's
                 `counting_threshold` count, if it has one.
-            columns:
-                Other columns of the dataset, ignored.
 
         Returns:
             `list[float | None]`: one score per image in [0, 1], `None` where `include` is `None`.

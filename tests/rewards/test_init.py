@@ -14,7 +14,13 @@ from flow_trl.rewards.jpeg import jpeg_compressibility
 from flow_trl.tiny.scenes import render_scene, render_word
 
 
-ON_THE_HUB = ("aesthetic", "clip_score", "pickscore")  # their weights, see test_clip.py
+ON_THE_HUB = (
+    "aesthetic",
+    "clip_score",
+    "hpsv2",
+    "pickscore",
+    "vlm_judge",
+)  # their weights, see test_clip.py and others
 SCENES = ("geneval", "geneval_strict", "scene", "scene_strict")
 
 
