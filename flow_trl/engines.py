@@ -158,7 +158,9 @@ def zero_state(zero: Any, groups: list[list[torch.Tensor]]) -> dict[str, Any]:
 def load_zero_state(zero: Any, groups: list[list[torch.Tensor]], state: dict[str, Any]) -> None:
     """Gives a ZeRO optimizer what [`zero_state`] returned, with any number of processes."""
     optimizer, weights = zero.optimizer, [weight for group in groups for weight in group]
-    for group, saved in zip(optimizer.param_groups, filter(lambda group: group["params"], state["param_groups"]), strict=True):
+    for group, saved in zip(
+        optimizer.param_groups, filter(lambda group: group["params"], state["param_groups"]), strict=True
+    ):
         group |= {name: value for name, value in saved.items() if name != "params"}
     if not state["state"]:
         return

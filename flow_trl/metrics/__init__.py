@@ -8,7 +8,7 @@ sample) is `None`, so that `evaluate.save` writes valid JSON.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,26 @@ def load(name: str, **kwargs: Any) -> "evaluate.EvaluationModule":
     return evaluate.load(str(FOLDER / name), **kwargs)
 
 
-def summarize(name: str, values: Sequence[float]) -> dict[str, float | None]:
+def check_samples(n: int, groups: Sequence[Hashable] | None = None) -> None:
+    """
+    Raises if there is nothing to evaluate, or if the groups are not those of the samples.
+
+    Args:
+        n (`int`):
+            Number of samples.
+        groups (`Sequence`, *optional*):
+            What each belongs to.
+
+    Raises:
+        ValueError: if there are no samples, or not as many groups.
+    """
+    if n == 0:
+        raise ValueError("`predictions` is empty: there is nothing to evaluate.")
+    if groups is not None and len(groups) != n:
+        raise ValueError(f"`groups` has {len(groups)} entries, but there are {n} samples: pass one for each.")
+
+
+def summarize(name: str, values: Sequence[float], groups: Sequence[Hashable] | None = None) -> dict[str, float | None]:
     """
     A mean and its standard error.
 
@@ -65,12 +84,17 @@ def summarize(name: str, values: Sequence[float]) -> dict[str, float | None]:
             Name of the mean.
         values (`Sequence[float]`):
             One or more values.
+        groups (`Sequence`, *optional*):
+            Names what each value belongs to, such as the prompt of an image: values of one group resemble each other and are
+            not worth as many independent ones.
 
     Returns:
-        `dict[str, float | None]`: `name`, and `{name}_se`, std / sqrt(n), `None` for one value.
+        `dict[str, float | None]`: `name`, and `{name}_se`, std / sqrt(n), or with groups the one that allows for their
+        resemblance: sqrt(G / (G - 1) * sum over groups of (sum of deviations from the mean)^2) / n. It is `None` for one value
+        or group.
 
     Raises:
-        ValueError: if there are no values.
+        ValueError: if there are no values, or not as many groups.
 
     Example:
 
@@ -80,28 +104,33 @@ def summarize(name: str, values: Sequence[float]) -> dict[str, float | None]:
     ```
     """
     n = len(values)
-    if n == 0:
-        raise ValueError("`predictions` is empty: there is nothing to evaluate.")
+    check_samples(n, groups)
     mean = math.fsum(values) / n
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
-    return {name: mean, f"{name}_se": error}
+    deviations: dict[Hashable, list[float]] = {}
+    for group, value in zip(range(n) if groups is None else groups, values, strict=True):
+        deviations.setdefault(group, []).append(value - mean)
+    count, squares = len(deviations), math.fsum(math.fsum(own) ** 2 for own in deviations.values())
+    return {name: mean, f"{name}_se": math.sqrt(count / (count - 1) * squares) / n if count > 1 else None}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    r"""
-    The chance that one or more of k of n answers is correct, of which c are, \\( 1 - \binom{n - c}{k} / \binom{n}{k} \\)
-    ([Chen et al.](https://huggingface.co/papers/2107.03374)).
+    """
+    The unbiased estimate of pass@k of [Chen et al.](https://huggingface.co/papers/2107.03374): the probability that one or more of
+    k samples, drawn without replacement from n of which c are correct, is correct.
 
     Args:
         n (`int`):
-            Number of answers.
+            Number of samples.
         c (`int`):
-            How many of them are correct.
+            Number of correct ones.
         k (`int`):
-            How many are drawn, from 1 to `n`.
+            Number that is drawn, from 1 to n.
 
     Returns:
-        `float`: in [0, 1].
+        `float`: 1 - C(n - c, k) / C(n, k).
+
+    Raises:
+        ValueError: if `k` is below 1 or above n.
 
     Example:
 
@@ -110,4 +139,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     0.5
     ```
     """
+    if not 1 <= k <= n:
+        raise ValueError(f"`k` holds {k}, but a prompt has {n} answers: use values from 1 to {n}.")
     return 1 - math.comb(n - c, k) / math.comb(n, k)

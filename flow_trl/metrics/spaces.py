@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import evaluate
+from evaluate.utils.gradio import parse_readme
 from huggingface_hub import CommitOperationAdd, HfApi
+from PIL import Image
 
+from ..utils import import_extra
 from . import FOLDER, NAMES
 
 
@@ -103,41 +106,50 @@ def app(folder: str | Path) -> "gradio.Interface":
     Returns:
         `gradio.Interface`
 
+    Raises:
+        MissingExtraError: if gradio is not installed (extra `spaces`).
+
     Example:
 
     ```python
     >>> app("flow_trl/metrics/calibration").launch()
     ```
     """
-    import gradio
-
+    gradio = import_extra("gradio", "spaces", "The app of a metric")
     folder = Path(folder)
     (script,) = (path for path in folder.glob("*.py") if path.stem not in ("app", "tests"))
     metric = evaluate.load(str(script), keep_in_memory=True)
     formats = metric.features if isinstance(metric.features, list) else [metric.features]
-    images = next((key for key, value in formats[-1].items() if isinstance(value, datasets.Image)), None)
+    has_images = isinstance(formats[-1].get("predictions"), datasets.Image)
 
     def compute(arguments: str, gallery: list | None = None) -> dict[str, Any]:
         try:
-            given = json.loads(arguments)
-            return metric.compute(**given, **({images: [image for image, _ in gallery]} if gallery else {}))
-        except Exception as error:
+            pictures = {"predictions": [image for image, _ in gallery]} if gallery else {}
+            return metric.compute(**json.loads(arguments), **pictures)
+        except Exception as error:  # what is wrong with the input is shown where it was made
             raise gradio.Error(f"{type(error).__name__}: {error}") from error
 
     examples = []
     for case in runpy.run_path(str(folder / "tests.py"))["test_cases"]:
         given = {name: value for name, value in case.items() if name != "result"}
-        pictures = given.pop(images) if images and not isinstance(given[images][0], list | str) else None
-        examples.append((json.dumps(given, indent=2), pictures))
+        is_of_images = has_images and isinstance(given["predictions"][0], Image.Image)
+        pictures = [(image, None) for image in given.pop("predictions")] if is_of_images else []
+        examples.append([json.dumps(given, indent=2), pictures])
     inputs = [gradio.Code(examples[0][0], language="json", label="Arguments of compute()")]
-    if images:
-        inputs.append(gradio.Gallery(examples[0][1], type="pil", label=images, file_types=["image"]))
-    card = (folder / "README.md").read_text().split("---\n", 2)[-1]
+    if has_images:
+        inputs.append(gradio.Gallery(examples[0][1], type="pil", label="predictions", file_types=["image"]))
     return gradio.Interface(
-        compute, inputs, gradio.JSON(label="Results"), title=script.stem, description=metric.info.description,
-        article=card, flagging_mode="never", api_name="compute",
-        examples=None if images else [[arguments] for arguments, _ in examples],
-    )  # fmt: skip
+        compute,
+        inputs,
+        gradio.JSON(label="Results"),
+        title=script.stem,
+        description=metric.info.description,
+        article=parse_readme(folder / "README.md"),
+        examples=[example[: len(inputs)] for example in examples],
+        cache_examples=False,
+        flagging_mode="never",
+        api_name="compute",
+    )
 
 
 def launch(file: str) -> None:

@@ -96,9 +96,7 @@ def solve(prompt: str, worked: bool) -> tuple[str, str]:
     return ",".join(steps), str(answer)
 
 
-def write_completion(
-    prompt: str, rng: random.Random, direct_share: float = 0.35, is_reflected: bool = False
-) -> str:
+def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35, is_reflected: bool = False) -> str:
     """
     Writes a right completion for a prompt, as the tiny language model was trained on.
 

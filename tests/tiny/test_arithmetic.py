@@ -84,7 +84,14 @@ def test_completions_have_their_format_and_say_nothing_of_their_confidence():
 
 def test_reflected_completions_say_how_hard_they_were():
     rng, said = random.Random(0), {word: [] for word in WORDS}
-    cases = {"1+2=?": (0.35, 0), "23*7+5=?": (1, 0), "23*47=?": (0, 1), "23*40=?": (1, 1), "23*47+5=?": (0, 2), "23*47+6=?": (1, 3)}
+    cases = {
+        "1+2=?": (0.35, 0),
+        "23*7+5=?": (1, 0),
+        "23*47=?": (0, 1),
+        "23*40=?": (1, 1),
+        "23*47+5=?": (0, 2),
+        "23*47+6=?": (1, 3),
+    }
     for prompt, (share, word) in cases.items():
         words = []
         for _ in range(1000):

@@ -128,7 +128,11 @@ def test_a_system_prompt_keeps_the_format_and_costs_accuracy_if_it_has_tags_or_d
 
 def test_a_short_build_is_the_same_every_time(tmp_path, capsys):
     for name in "ab":
-        main(BuildArguments(output_dir=str(tmp_path / name), steps=2, reflected_steps=1, num_prompts=5, num_generations=2))
+        main(
+            BuildArguments(
+                output_dir=str(tmp_path / name), steps=2, reflected_steps=1, num_prompts=5, num_generations=2
+            )
+        )
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1] and len(files[0]) < 1.5e6
     main(BuildArguments(evaluate_only=str(tmp_path / "a"), num_prompts=5, num_generations=2))

@@ -1,42 +1,42 @@
-"""Aesthetic Score of images, as a module for `evaluate`."""
+"""How beautiful people find images, as a module for `evaluate`."""
 
 import datasets
 import evaluate
 
-from flow_trl.metrics import summarize
-from flow_trl.rewards.clip import AestheticScore
+from flow_trl.metrics import images
+from flow_trl.rewards import clip
 
 
 _DESCRIPTION = """\
-How beautiful people find images, whatever their prompts, by LAION's predictor on CLIP's image embedding.
+Says how beautiful people find images, whatever their prompts, by LAION's predictor on CLIP embeddings.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[PIL.Image.Image]`):
-        Images.
-    model (`str`, *optional*):
-        Hub id or folder of the CLIP; see [`~flow_trl.rewards.clip.AestheticScore`] for the default.
-    processor (`str`, *optional*):
-        Hub id or folder of its processor.
-    head (`str`, *optional*):
-        File or `"owner/repository/file"` of the predictor's weights, see [`~flow_trl.rewards.clip.AestheticScore`].
-    device (`str`, *optional*):
-        Where the model runs. Defaults to the GPU if there is one.
-    batch_size (`int`, *optional*, defaults to `64`):
-        Images per forward pass.
+        Images of any size, or their paths.
+    groups (`list`, *optional*):
+        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
+        their resemblance. By default the images count as independent.
+    options (*optional*):
+        Arguments of `flow_trl.rewards.clip.AestheticScore`: `model` and `processor` (Hub ids or folders), `head` (its weights),
+        `device`, `batch_size`.
 
 Returns:
-    `dict[str, float]`: `aesthetic`, the mean over the images; most lie between 4 and 7, and `aesthetic_se`, std / sqrt(number of images), `None` for
-    one.
+    `dict`:
+
+    - `aesthetic` (`float`): mean over images, between 4 and 7 for most.
+    - `aesthetic_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
+    - `scores` (`list[float]`): the score of each image.
 
 Raises:
-    ValueError: if there are no images, or no model can be loaded.
+    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
 
 Examples:
 
-    >>> metric = flow_trl.metrics.load("aesthetic")
-    >>> metric.compute(predictions=[image])
+    >>> aesthetic = flow_trl.metrics.load("aesthetic")
+    >>> results = aesthetic.compute(predictions=[image])
+    >>> results["aesthetic"], results["scores"]
 """
 
 _CITATION = """\
@@ -46,11 +46,18 @@ _CITATION = """\
   year = {2022},
   url = {https://github.com/christophschuhmann/improved-aesthetic-predictor}
 }
+@inproceedings{black2024training,
+  title = {Training Diffusion Models with Reinforcement Learning},
+  author = {Black, Kevin and Janner, Michael and Du, Yilun and Kostrikov, Ilya and Levine, Sergey},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+  url = {https://huggingface.co/papers/2305.13301}
+}
 """
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class AestheticMetric(evaluate.Metric):
+class AestheticScore(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -61,6 +68,7 @@ class AestheticMetric(evaluate.Metric):
             reference_urls=["https://huggingface.co/papers/2305.13301"],
         )
 
-    def _compute(self, predictions, **options):
-        reward = AestheticScore(**options)
-        return summarize("aesthetic", reward(prompts=[""] * len(predictions), images=predictions))
+    def _compute(self, predictions, groups=None, **options):
+        return images.mean_reward(
+            "aesthetic", clip.AestheticScore, predictions, [""] * len(predictions), groups, options
+        )

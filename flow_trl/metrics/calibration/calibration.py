@@ -98,7 +98,7 @@ class Calibration(evaluate.Metric):
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),
-            codebase_urls=["https://github.com/scikit-learn/scikit-learn"],
+            codebase_urls=["https://github.com/gpleiss/temperature_scaling"],
             reference_urls=["https://huggingface.co/papers/2602.10231", "https://huggingface.co/papers/1706.04599"],
         )
 

@@ -1,42 +1,44 @@
-"""CLIPScore of images, as a module for `evaluate`."""
+"""Agreement of images with their prompts by CLIP, as a module for `evaluate`."""
 
-import datasets
 import evaluate
 
-from flow_trl.metrics import summarize
-from flow_trl.rewards.clip import ClipScore
+from flow_trl.metrics import images
+from flow_trl.rewards import clip
 
 
 _DESCRIPTION = """\
-How well images fit their prompts, by the cosine of CLIP's embeddings.
+Says how well images agree with their prompts, by a CLIP model: 100 times the cosine of both embeddings, at least 0
+(CLIPScore).
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[PIL.Image.Image]`):
-        Images.
+        Images of any size, or their paths.
     references (`list[str]`):
         The prompt of each image.
-    model (`str`, *optional*):
-        Hub id or folder of the CLIP; see [`~flow_trl.rewards.clip.ClipScore`] for the default.
-    processor (`str`, *optional*):
-        Hub id or folder of its processor.
-    device (`str`, *optional*):
-        Where the model runs. Defaults to the GPU if there is one.
-    batch_size (`int`, *optional*, defaults to `64`):
-        Images per forward pass.
+    groups (`list`, *optional*):
+        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
+        their resemblance. By default the images count as independent.
+    options (*optional*):
+        Arguments of `flow_trl.rewards.clip.ClipScore`: `model` and `processor` (Hub ids or folders),
+        `device`, `batch_size`.
 
 Returns:
-    `dict[str, float]`: `clip_score`, the mean over the images, in [0, 100], and `clip_score_se`, std / sqrt(number of images), `None` for
-    one.
+    `dict`:
+
+    - `clip_score` (`float`): mean over images, in [0, 100].
+    - `clip_score_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
+    - `scores` (`list[float]`): the score of each image.
 
 Raises:
-    ValueError: if there are no images, or no model can be loaded.
+    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
 
 Examples:
 
-    >>> metric = flow_trl.metrics.load("clip_score")
-    >>> metric.compute(predictions=[image], references=["a red square"])
+    >>> clip_score = flow_trl.metrics.load("clip_score")
+    >>> results = clip_score.compute(predictions=[image], references=["a photo of a red square"])
+    >>> results["clip_score"], results["scores"]
 """
 
 _CITATION = """\
@@ -51,17 +53,16 @@ _CITATION = """\
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class ClipScoreMetric(evaluate.Metric):
+class ClipScore(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Value("string")}),
+            features=images.PROMPTED,
             codebase_urls=["https://github.com/jmhessel/clipscore"],
             reference_urls=["https://huggingface.co/papers/2104.08718"],
         )
 
-    def _compute(self, predictions, references, **options):
-        reward = ClipScore(**options)
-        return summarize("clip_score", reward(prompts=references, images=predictions))
+    def _compute(self, predictions, references, groups=None, **options):
+        return images.mean_reward("clip_score", clip.ClipScore, predictions, references, groups, options)

@@ -6,7 +6,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from flow_trl.metrics import pass_at_k, summarize
+from flow_trl import metrics
 
 
 _DESCRIPTION = """\
@@ -116,7 +116,7 @@ class ConfidenceVoting(evaluate.Metric):
                 scores[name].append(score)
         results = {}
         for name, values in scores.items():
-            results |= summarize(name, values)
+            results |= metrics.summarize(name, values)
         return results
 
 
@@ -136,11 +136,7 @@ def _scores(answers, confidences, correct, k, index):
     c = int(sum(right))
     scores = {}
     for size in k:
-        if not 1 <= size <= n:
-            raise ValueError(
-                f"`k` holds {size}, but `predictions[{index}]` has {n} answers: use values from 1 to {n}."
-            )
-        scores[f"pass@{size}"] = pass_at_k(n, c, size)
+        scores[f"pass@{size}"] = metrics.pass_at_k(n, c, size)
 
     samples = [i for i, answer in enumerate(answers) if answer]
     votes = defaultdict(list)

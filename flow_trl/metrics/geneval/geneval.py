@@ -1,57 +1,55 @@
-"""GenEval: do images show the objects that were asked for, as a module for `evaluate`."""
+"""Share of images that show the objects, counts, colours and positions that were asked for, as a module for `evaluate`."""
 
-from collections import defaultdict
+import math
 
 import datasets
 import evaluate
+from PIL import Image
 
-from flow_trl.metrics import summarize
-from flow_trl.rewards.scene import COUNTING_THRESHOLD, Detection, SceneReward, TransformersDetector
+from flow_trl.metrics import check_samples, images, summarize
+from flow_trl.rewards import get_reward_func, import_dotted
+from flow_trl.rewards.scene import SceneReward
 
 
 _DESCRIPTION = """\
-Says of how many images the objects, counts, colours and positions are those that were asked for: GenEval's accuracy of each
-kind of prompt, and the mean over the kinds.
+Says what share of images show the objects, counts, colours and positions that GenEval's prompts ask for: for each kind of
+prompt, and overall, the mean over kinds.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[PIL.Image.Image]` or `list[list[dict]]`):
-        Images, in which Mask2Former finds the objects and CLIP tells their colours
-        ([`~flow_trl.rewards.scene.TransformersDetector`]), or the objects that were found in each image: dictionaries with
-        `label`, `color` (or `None`), `box` (left, top, right, bottom) and `score`.
-    include (`list[list[dict]]`):
-        Of each image the objects it must show, GenEval's metadata: `class`, `count`, and where it matters `color` and
-        `position`.
-    tags (`list[str]`):
-        The kind of each prompt, GenEval's `tag`: `"single_object"`, `"two_object"`, `"counting"`, `"colors"`,
-        `"position"` or `"color_attr"`, or others of your own.
-    exclude (`list[list[dict] | None]`, *optional*):
-        Of each image what it must not show, as `class` and `count`.
+    predictions (`list[bool]` or `list[PIL.Image.Image]`):
+        Whether each image is correct, as GenEval's `evaluate_images.py` found it, or the images.
+    references (`list[str]` or `list[dict]`):
+        The tag of each image's prompt (`"counting"`, ...); for images GenEval's metadata: `tag`, `include` and `exclude`. Other
+        keys are not used.
     detector (`str` or `Callable`, *optional*):
-        Hub id or folder of an instance segmentation model, or a function from images to detections, in place of GenEval's.
-    color_model (`str`, *optional*):
-        Hub id or folder of the CLIP that tells colours, in place of GenEval's.
+        For images: what finds objects, a function for `flow_trl.rewards.scene.SceneReward` or its dotted path. By default
+        images are judged by the built-in reward `"geneval_strict"`, which loads its models from the Hub.
+    groups (`list`, *optional*):
+        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
+        their resemblance. By default the images count as independent.
 
 Returns:
-    `dict[str, float]`:
+    `dict`:
 
-    - `overall`: mean over the kinds of prompts, in [0, 1], and `overall_se`, from theirs.
-    - `{tag}` for each kind: share of its images that are right, and `{tag}_se`, std / sqrt(number of images); `None` for one.
+    - `{tag}` (`float`), for each tag: share of its images that are correct, in [0, 1].
+    - `overall` (`float`): mean over the tags.
+    - `{tag}_se`, `overall_se` (`float`): their standard errors. `None` for one image or group of a tag.
+    - `correct` (`list[bool]`): whether each image is correct.
 
 Raises:
-    ValueError: if there are no images, the inputs differ in length, or a model cannot be loaded.
+    ValueError: if there are no predictions, if the inputs differ in length, if metadata has no `tag` or `include`, if a tag is
+        called as another result, or if no detector can be loaded.
 
 Examples:
 
-    >>> metric = flow_trl.metrics.load("geneval")
-    >>> dog = {"label": "dog", "color": None, "box": [10, 10, 60, 60], "score": 0.95}
-    >>> metric.compute(
-    ...     predictions=[[dog], [dog]],
-    ...     include=[[{"class": "dog", "count": 1}], [{"class": "dog", "count": 2}]],
-    ...     tags=["single_object", "counting"],
+    >>> geneval = flow_trl.metrics.load("geneval")
+    >>> results = geneval.compute(
+    ...     predictions=[True, False, True, True], references=["counting", "counting", "colors", "colors"]
     ... )
-    {'overall': 0.5, 'overall_se': None, 'single_object': 1.0, 'single_object_se': None, 'counting': 0.0, 'counting_se': None}
+    >>> results["counting"], results["colors"], results["overall"]
+    (0.5, 1.0, 0.75)
 """
 
 _CITATION = """\
@@ -64,61 +62,66 @@ _CITATION = """\
 }
 """
 
+_object = {"class": datasets.Value("string"), "count": datasets.Value("int64")}
+_placed = {"color": datasets.Value("string"), "position": datasets.List(datasets.Value("string"))}
+METADATA = {
+    "tag": datasets.Value("string"),
+    "include": datasets.List({**_object, **_placed}),
+    "exclude": datasets.List(_object),
+}
+
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class GenEval(evaluate.Metric):
+class GenEval(images.EitherFormat):
     def _info(self):
-        text, number = datasets.Value("string"), datasets.Value("float64")
-        objects = [{"label": text, "color": text, "box": datasets.Sequence(number), "score": number}]
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=[
-                datasets.Features({"predictions": objects}),
-                datasets.Features({"predictions": datasets.Image()}),
+                datasets.Features({"predictions": datasets.Value("bool"), "references": datasets.Value("string")}),
+                datasets.Features({"predictions": datasets.Image(), "references": METADATA}),
             ],
             codebase_urls=["https://github.com/djghosh13/geneval"],
             reference_urls=["https://huggingface.co/papers/2310.11513"],
         )
 
-    def _compute(self, predictions, include, tags, exclude=None, detector=None, color_model=None):
-        for name, values in (("include", include), ("tags", tags), ("exclude", exclude)):
-            if values is not None and len(values) != len(predictions):
-                raise ValueError(
-                    f"`{name}` has {len(values)} entries, but there are {len(predictions)} images: pass one for each."
-                )
-        if predictions and isinstance(predictions[0], list):
-            finds, images = Found(predictions), [None] * len(predictions)
-        elif callable(detector):
-            finds, images = detector, predictions
-        else:
-            names = {"model": detector, "clip": color_model}
-            finds = TransformersDetector(**{name: value for name, value in names.items() if value is not None})
-            images = predictions
-        reward = SceneReward(finds, strict=True)
-        right = defaultdict(list)
-        for tag, score in zip(tags, reward(images=images, include=include, exclude=exclude, tag=tags), strict=True):
-            right[tag].append(score)
-        scores = {}
-        for tag, values in right.items():
-            scores |= summarize(tag, values)
-        errors = [scores[f"{tag}_se"] for tag in right]
-        overall = summarize("overall", [scores[tag] for tag in right])
-        overall["overall_se"] = None if None in errors else sum(se**2 for se in errors) ** 0.5 / len(errors)
-        return overall | scores
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Adds images, whose metadata may have other keys."""
+        if references and isinstance(references[0], dict):
+            for index, row in enumerate(references):
+                if not row.get("tag") or not row.get("include"):
+                    raise ValueError(
+                        f"`references[{index}]` is {row}: an image needs GenEval's metadata, `tag` and `include`."
+                    )
+            whole = datasets.Features(METADATA).encode_example  # `evaluate` wants every key
+            references = [whole({**row, "exclude": row.get("exclude") or []}) for row in references]
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions, references, detector=None, groups=None):
+        check_samples(len(predictions), groups)
+        has_images = isinstance(predictions[0], Image.Image)
+        tags = [row["tag"] for row in references] if has_images else references
+        kinds = list(dict.fromkeys(tags))
+        if {"overall", "correct"} & set(kinds):
+            raise ValueError(
+                f"`references` has the tags {kinds}: one must not be 'overall' or 'correct', which are results."
+            )
+        if has_images:
+            columns = {name: [row[name] for row in references] for name in METADATA}
+            scores = _judge(detector)(prompts=[""] * len(predictions), images=predictions, **columns)
+            predictions = [score == 1 for score in scores]
+        results, groups = {}, range(len(tags)) if groups is None else groups
+        for tag in kinds:
+            rows = [index for index, other in enumerate(tags) if other == tag]
+            results |= summarize(tag, [float(predictions[row]) for row in rows], [groups[row] for row in rows])
+        errors = [results[f"{tag}_se"] for tag in kinds]
+        results["overall"] = math.fsum(results[tag] for tag in kinds) / len(kinds)
+        results["overall_se"] = None if None in errors else math.hypot(*errors) / len(kinds)
+        return results | {"correct": list(predictions)}
 
 
-class Found:
-    """A detector that has found the objects already."""
-
-    counting_threshold = COUNTING_THRESHOLD
-
-    def __init__(self, predictions):
-        self.objects = [
-            [Detection(item["label"], item["color"], tuple(item["box"]), item["score"]) for item in objects]
-            for objects in predictions
-        ]
-
-    def __call__(self, images):
-        return self.objects
+def _judge(detector):
+    if detector is None:
+        return get_reward_func("geneval_strict")
+    return SceneReward(import_dotted(detector, "detector") if isinstance(detector, str) else detector, strict=True)

@@ -1,42 +1,51 @@
-"""How well texts in images can be read, as a module for `evaluate`."""
+"""Whether images show the text that was asked for, as a module for `evaluate`."""
+
+from functools import cache
 
 import datasets
 import evaluate
+from PIL import Image
 
-from flow_trl.metrics import summarize
+from flow_trl.metrics import check_samples, images, summarize
 from flow_trl.rewards.ocr import OCRReward, ocr_score
 
 
 _DESCRIPTION = """\
-Says how well the texts that images should show can be read in them: by the edit distance of the reading, and by
-Flow-GRPO's rule, which forgives whatever stands beside the text.
+Says how well texts that were read in images agree with those that were asked for, by two rules: that of Flow-GRPO, for which
+it is enough that the target is contained, and a stricter one, for which text beside the target costs.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]` or `list[PIL.Image.Image]`):
-        Readings, or images, which are read by PP-OCR ([`~flow_trl.rewards.ocr.OCRReward`]).
+        Texts that were read in images, or the images, which PP-OCR reads here (`pip install "flow-trl[ocr]"`).
     references (`list[str]`):
-        The texts that should be there.
+        The text that was asked for, of each.
+    groups (`list`, *optional*):
+        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
+        their resemblance. By default the images count as independent.
 
 Returns:
-    `dict[str, float]`: means in [0, 1], with d the edit distance between reading and text, and n the length of the text, both
-    without spaces and in lower case:
+    `dict`, with d the edit distance (Levenshtein) of the reading and the target and n the target's length, both without
+    whitespace and in lower case:
 
-    - `edit_distance`: 1 - min(d / n, 1).
-    - `flow_grpo`: the same, but 1 where the reading contains the text.
-    - `exact`: 1 where the reading is the text, else 0.
-    - `{name}_se` for each: std / sqrt(number of samples), `None` for one.
+    - `flow_grpo` (`float`): mean of 1 where the reading contains the target, else 1 - min(d, n) / n; in [0, 1].
+    - `flow_trl` (`float`): mean of 1 - min(d, n) / n; in [0, 1]. The reward `"ocr"`.
+    - `exact` (`float`): share of readings that equal their targets.
+    - `flow_grpo_se`, `flow_trl_se`, `exact_se` (`float`): their standard errors, std / sqrt(n) unless there are `groups`.
+      `None` for one image or group.
+    - `readings` (`list[str]`): what was read.
 
 Raises:
-    ValueError: if there are no samples, or a text is blank.
+    ValueError: if there are no predictions, if the inputs differ in length, or if a target has no letters.
+    MissingExtraError: if the packages of the extra `ocr` are not installed.
 
 Examples:
 
-    >>> metric = flow_trl.metrics.load("ocr_accuracy")
-    >>> results = metric.compute(predictions=["OPEN 24h", "cat"], references=["open", "car"])
-    >>> {name: round(results[name], 3) for name in ("edit_distance", "flow_grpo", "exact")}
-    {'edit_distance': 0.458, 'flow_grpo': 0.833, 'exact': 0.0}
+    >>> ocr_accuracy = flow_trl.metrics.load("ocr_accuracy")
+    >>> results = ocr_accuracy.compute(predictions=["New Hope Cafe", "HOPE"], references=["Hope", "Rope"])
+    >>> results["flow_grpo"], results["flow_trl"], results["exact"]
+    (0.875, 0.375, 0.0)
 """
 
 _CITATION = """\
@@ -51,25 +60,40 @@ _CITATION = """\
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class OCRAccuracy(evaluate.Metric):
+class OCRAccuracy(images.EitherFormat):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=[
-                datasets.Features({"predictions": predictions, "references": datasets.Value("string")})
-                for predictions in (datasets.Value("string"), datasets.Image())
+                datasets.Features({"predictions": kind, "references": datasets.Value("string")})
+                for kind in (datasets.Value("string"), datasets.Image())
             ],
-            codebase_urls=["https://github.com/yifan123/flow_grpo", "https://github.com/RapidAI/RapidOCR"],
+            codebase_urls=["https://github.com/yifan123/flow_grpo"],
             reference_urls=["https://huggingface.co/papers/2505.05470"],
         )
 
-    def _compute(self, predictions, references):
-        if predictions and not isinstance(predictions[0], str):
-            predictions = OCRReward().read(predictions)
+    def _compute(self, predictions, references, groups=None):
+        check_samples(len(predictions), groups)
+        for index, target in enumerate(references):
+            if not target.strip():
+                raise ValueError(f"`references[{index}]` is {target!r}: leave out images that should show no text.")
+        if isinstance(predictions[0], Image.Image):
+            predictions = _reader().read(predictions)
         pairs = list(zip(predictions, references, strict=True))
-        edit_distance = [ocr_score(reading, text) for reading, text in pairs]
-        results = summarize("edit_distance", edit_distance)
-        results |= summarize("flow_grpo", [ocr_score(reading, text, contained=True) for reading, text in pairs])
-        return results | summarize("exact", [float(score == 1) for score in edit_distance])
+        near = [ocr_score(reading, target) for reading, target in pairs]
+        scores = {
+            "flow_grpo": [ocr_score(reading, target, contained=True) for reading, target in pairs],
+            "flow_trl": near,
+            "exact": [float(score == 1) for score in near],
+        }
+        results = {}
+        for name, values in scores.items():
+            results |= summarize(name, values, groups)
+        return results | {"readings": list(predictions)}
+
+
+@cache
+def _reader():
+    return OCRReward()

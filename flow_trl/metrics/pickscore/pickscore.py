@@ -1,48 +1,49 @@
-"""PickScore of images, as a module for `evaluate`."""
+"""How much people would prefer images for their prompts, as a module for `evaluate`."""
 
-import datasets
 import evaluate
 
-from flow_trl.metrics import summarize
-from flow_trl.rewards.clip import PickScore
+from flow_trl.metrics import images
+from flow_trl.rewards import clip
 
 
 _DESCRIPTION = """\
-Which images people would prefer for their prompts, by a CLIP that was trained on such choices.
+Says how much people would prefer images for their prompts, by a CLIP model that was trained on such choices (PickScore).
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[PIL.Image.Image]`):
-        Images.
+        Images of any size, or their paths.
     references (`list[str]`):
         The prompt of each image.
-    model (`str`, *optional*):
-        Hub id or folder of the CLIP; see [`~flow_trl.rewards.clip.PickScore`] for the default.
-    processor (`str`, *optional*):
-        Hub id or folder of its processor.
-    device (`str`, *optional*):
-        Where the model runs. Defaults to the GPU if there is one.
-    batch_size (`int`, *optional*, defaults to `64`):
-        Images per forward pass.
+    groups (`list`, *optional*):
+        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
+        their resemblance. By default the images count as independent.
+    options (*optional*):
+        Arguments of `flow_trl.rewards.clip.PickScore`: `model` and `processor` (Hub ids or folders),
+        `device`, `batch_size`.
 
 Returns:
-    `dict[str, float]`: `pickscore`, the mean over the images; most lie between 18 and 24, and `pickscore_se`, std / sqrt(number of images), `None` for
-    one.
+    `dict`:
+
+    - `pickscore` (`float`): mean over images, around 20 for most.
+    - `pickscore_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
+    - `scores` (`list[float]`): the score of each image.
 
 Raises:
-    ValueError: if there are no images, or no model can be loaded.
+    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
 
 Examples:
 
-    >>> metric = flow_trl.metrics.load("pickscore")
-    >>> metric.compute(predictions=[image], references=["a red square"])
+    >>> pickscore = flow_trl.metrics.load("pickscore")
+    >>> results = pickscore.compute(predictions=[image], references=["a photo of a red square"])
+    >>> results["pickscore"], results["scores"]
 """
 
 _CITATION = """\
 @inproceedings{kirstain2023pickapic,
   title = {{Pick-a-Pic}: An Open Dataset of User Preferences for Text-to-Image Generation},
-  author = {Kirstain, Yuval and others},
+  author = {Kirstain, Yuval and Polyak, Adam and Singer, Uriel and Matiana, Shahbuland and Penna, Joe and Levy, Omer},
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023},
   url = {https://huggingface.co/papers/2305.01569}
@@ -51,17 +52,16 @@ _CITATION = """\
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class PickScoreMetric(evaluate.Metric):
+class PickScore(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Value("string")}),
+            features=images.PROMPTED,
             codebase_urls=["https://github.com/yuvalkirstain/PickScore"],
             reference_urls=["https://huggingface.co/papers/2305.01569"],
         )
 
-    def _compute(self, predictions, references, **options):
-        reward = PickScore(**options)
-        return summarize("pickscore", reward(prompts=references, images=predictions))
+    def _compute(self, predictions, references, groups=None, **options):
+        return images.mean_reward("pickscore", clip.PickScore, predictions, references, groups, options)

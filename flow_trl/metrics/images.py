@@ -1,0 +1,64 @@
+"""What the metrics of images share."""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import datasets
+import evaluate
+from PIL import Image
+
+from . import check_samples, summarize
+
+
+PROMPTED = datasets.Features({"predictions": datasets.Image(), "references": datasets.Value("string")})
+
+
+class EitherFormat(evaluate.Metric):
+    """A metric with several formats, of which `evaluate` finds the right one by the first sample: there must be one."""
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Adds samples."""  # to which `evaluate` adds what the inputs are
+        check_samples(0 if predictions is None else len(predictions))
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+
+@lru_cache(maxsize=1)  # large models: the last one stays
+def _load(reward: Callable, options: tuple) -> Callable:
+    return reward(**dict(options))
+
+
+def mean_reward(
+    name: str,
+    reward: Callable[..., Callable],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    groups: Sequence[Hashable] | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """
+    The mean of an image reward.
+
+    Args:
+        name (`str`):
+            Name of the result.
+        reward (`Callable`):
+            Class of a reward of `flow_trl.rewards`.
+        images (`list[PIL.Image.Image]`):
+            Images.
+        prompts (`list[str]`):
+            The prompt of each.
+        groups (`list`, *optional*):
+            As in [`summarize`].
+        options (`dict`):
+            Arguments of the class.
+
+    Returns:
+        `dict`: the mean, its standard error, and `scores` (`list[float]`) of the images.
+
+    Raises:
+        ValueError: if there are no images, not as many groups, or no model can be loaded.
+    """
+    check_samples(len(images), groups)
+    scores = _load(reward, tuple(sorted(options.items())))(prompts=prompts, images=images)
+    return summarize(name, scores, groups) | {"scores": scores}
