@@ -16,7 +16,8 @@ A LoRA of the tiny world, trained by examples/tp_grpo.py:
 Any LoRA that diffusers loads, whatever trained it:
 
     python examples/evaluate_lora.py --base stabilityai/stable-diffusion-3.5-medium --lora user/lora \
-        --prompts geneval --metrics geneval_strict pickscore --pipeline_kwargs '{"height": 512, "width": 512}'
+        --prompts geneval --metrics geneval_strict pickscore \
+        --pipeline_kwargs '{"num_inference_steps": 28, "guidance_scale": 4.5, "height": 512, "width": 512}'
 
 Images are kept as they are made: started again with the same arguments it goes on, and other metrics cost no new images.
 """
@@ -37,9 +38,13 @@ from trl import TrlParser
 from flow_trl import tiny
 from flow_trl.callbacks import save_before_and_after, save_captions, save_image_grid
 from flow_trl.cards import Result, Table
+from flow_trl.metrics import summarize
 from flow_trl.prompts import load_prompts, split_prompts
 from flow_trl.scoring import Scorer
 from flow_trl.utils import sample_generator
+
+
+TINY = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 0}
 
 
 @dataclass
@@ -58,16 +63,14 @@ class ScriptArguments:
             Names or dotted paths of rewards, see [`flow_trl.rewards`]. Defaults to the tiny world's scene scores.
         num_prompts (`int`, *optional*, defaults to `200`):
             How many prompts are used at most.
+        images_per_prompt (`int`, *optional*, defaults to `1`):
+            Images of each prompt, of noise of their own; GenEval makes 4.
         batch_size (`int`, *optional*, defaults to `8`):
             Images made together.
-        num_inference_steps (`int`, *optional*):
-            Denoising steps. Defaults to the pipeline's.
-        guidance_scale (`float`, *optional*):
-            Defaults to the pipeline's.
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Strength of the LoRA.
         pipeline_kwargs (`dict`, *optional*):
-            Further arguments of the pipeline's call, as JSON.
+            Arguments of the pipeline's call, as JSON. Defaults to what the tiny world's pipeline was trained with.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision of the pipeline on a GPU; on the CPU it is float32.
         seed (`int`, *optional*, defaults to `0`):
@@ -86,14 +89,11 @@ class ScriptArguments:
     )
     metrics: list[str] | None = field(default=None, metadata={"help": "Names or dotted paths of rewards."})
     num_prompts: int = field(default=200, metadata={"help": "How many prompts are used at most."})
+    images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt."})
     batch_size: int = field(default=8, metadata={"help": "Images made together."})
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps. Default: the pipeline's."}
-    )
-    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance. Default: the pipeline's."})
     lora_scale: float = field(default=1.0, metadata={"help": "Strength of the LoRA."})
     pipeline_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON."}
+        default=None, metadata={"help": "Arguments of the pipeline's call, as JSON."}
     )
     dtype: str = field(default="bfloat16", metadata={"help": "Precision on a GPU; on the CPU it is float32."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
@@ -101,8 +101,15 @@ class ScriptArguments:
 
     def __post_init__(self):
         if isinstance(self.pipeline_kwargs, str):
-            self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
-        for name in ("num_prompts", "batch_size"):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`pipeline_kwargs={self.pipeline_kwargs!r}` is no JSON such as '{{\"height\": 512}}' ({error})."
+                ) from error
+        if self.pipeline_kwargs is None:
+            self.pipeline_kwargs = TINY if self.base is None else {}
+        for name in ("num_prompts", "images_per_prompt", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}={getattr(self, name)}`: it must be at least 1.")
 
@@ -116,11 +123,24 @@ def load_pipeline(arguments: ScriptArguments) -> DiffusionPipeline:
 
 
 def load_data(arguments: ScriptArguments) -> Dataset:
+    """One row for each image."""
     if arguments.prompts is not None:
-        return load_prompts(arguments.prompts, arguments.num_prompts)[1]
-    return split_prompts(
-        {split: tiny.load_prompts("scenes", split) for split in ("train", "test")}, arguments.num_prompts
-    )[1]
+        data = load_prompts(arguments.prompts, arguments.num_prompts)[1]
+    else:
+        splits = {split: tiny.load_prompts("scenes", split) for split in ("train", "test")}
+        data = split_prompts(splits, arguments.num_prompts)[1]
+    return data.select([row for row in range(len(data)) for _ in range(arguments.images_per_prompt)])
+
+
+def add_lora(pipe: DiffusionPipeline, arguments: ScriptArguments) -> None:
+    """Puts the LoRA into the pipeline; refuses one that has nothing for it."""
+    pipe.load_lora_weights(arguments.lora, adapter_name="lora")
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = [weight for part in parts for name, weight in part.named_parameters() if ".lora_B." in name]
+    if not any(weight.any() for weight in weights):
+        found = f"{len(weights)} layers, all of them zero" if weights else "no layer"
+        raise ValueError(f"`lora={arguments.lora!r}` changes nothing in {type(pipe).__name__}: it has {found} for it.")
+    pipe.set_adapters("lora", arguments.lora_scale)
 
 
 def keep_settings(arguments: ScriptArguments) -> None:
@@ -146,14 +166,14 @@ def sample(pipe: DiffusionPipeline, prompts: list[str], folder: Path, arguments:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{row:05d}.png" for row in range(len(prompts))]
     missing = [row for row, path in enumerate(paths) if not path.is_file()]
-    options = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
-    options = {name: value for name, value in options.items() if value is not None} | (arguments.pipeline_kwargs or {})
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=folder.name, unit="image") as progress:
         for start in range(0, len(missing), arguments.batch_size):
             rows = missing[start : start + arguments.batch_size]
             generators = [sample_generator("evaluate_lora", arguments.seed, row) for row in rows]
-            images = pipe(prompt=[prompts[row] for row in rows], generator=generators, **options).images
+            images = pipe(
+                prompt=[prompts[row] for row in rows], generator=generators, **arguments.pipeline_kwargs
+            ).images
             for row, image in zip(rows, images, strict=True):
                 partial = paths[row].with_suffix(".part")
                 image.save(partial, format="PNG")
@@ -162,19 +182,18 @@ def sample(pipe: DiffusionPipeline, prompts: list[str], folder: Path, arguments:
     return [Image.open(path).convert("RGB") for path in paths]
 
 
-def compare(name: str, base: torch.Tensor, lora: torch.Tensor) -> dict[str, float]:
-    """Means of the rows where a metric applies to both, with standard errors, and that of their difference."""
-    applies = ~(base.isnan() | lora.isnan())
-    if not applies.any():
-        raise ValueError(
-            f"The metric `{name}` applies to none of the images: do the prompts have the columns it needs?"
-        )
-    figures = {}
-    for key, values in (("base", base), ("lora", lora), ("change", lora - base)):
-        values = values[applies].double()
-        figures[key] = values.mean().item()
-        figures[f"{key}_se"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-    return figures | {"num_images": int(applies.sum())}
+def compare(base: torch.Tensor, lora: torch.Tensor, prompts: list[str]) -> dict[str, float | None]:
+    """Means where a metric applies to both, that of the paired difference, and how often either is better."""
+    rows = (~(base.isnan() | lora.isnan())).nonzero().flatten().tolist()
+    values = {"base": base.double(), "lora": lora.double(), "difference": lora.double() - base.double()}
+    result: dict[str, float | None] = {"num_images": len(rows)}
+    for name, of_images in values.items():
+        result |= summarize(name, of_images[rows].tolist(), [prompts[row] for row in rows])
+    difference = values["difference"][rows]
+    return result | {
+        "better": (difference > 0).double().mean().item(),
+        "worse": (difference < 0).double().mean().item(),
+    }
 
 
 def main() -> None:
@@ -190,15 +209,26 @@ def main() -> None:
     pipe, columns = load_pipeline(arguments), dataset.to_dict()
     prompts = columns.pop("prompt")
     images = {"base": sample(pipe, prompts, folder / "base", arguments)}
-    pipe.load_lora_weights(arguments.lora, adapter_name="lora")
-    pipe.set_adapters("lora", arguments.lora_scale)
+    add_lora(pipe, arguments)
     images["lora"] = sample(pipe, prompts, folder / "lora", arguments)
 
     scores = {when: scorer(found, prompts, columns) for when, found in images.items()}
-    results = {name: compare(name, scores["base"][:, f], scores["lora"][:, f]) for f, name in enumerate(scorer.names)}
+    kinds = {"": range(len(prompts))}
+    for tag in dict.fromkeys(columns.get("tag", [])):
+        kinds[f" ({tag})"] = [row for row, other in enumerate(columns["tag"]) if other == tag]
+    results = {}
+    for f, name in enumerate(scorer.names):
+        for kind, rows in kinds.items():
+            both = [scores[when][rows, f] for when in images]
+            if not (both[0].isnan() | both[1].isnan()).all():
+                results[name + kind] = compare(*both, [prompts[row] for row in rows])
+        if name not in results:
+            raise ValueError(
+                f"The metric `{name}` applies to none of the images: do the prompts have the columns it needs?"
+            )
     title = Path(arguments.lora).stem
     measured = [
-        Result(name, name, found["lora"], found["lora_se"], found["base"], found["base_se"])
+        Result(name.split(" (")[0], name, found["lora"], found["lora_se"], found["base"], found["base_se"])
         for name, found in results.items()
     ]
     table = Table("", "", measured, dataset, Path(arguments.prompts or "scenes").stem)
@@ -214,12 +244,13 @@ def main() -> None:
         save_captions(path, captions, columns=min(8, shown))
     save_before_and_after(folder, labels=("base", "LoRA"))
 
-    print(f"\n{len(prompts)} prompts, one image each, the same noise with and without the LoRA\n")
-    print("| metric | base | LoRA | difference | standard errors |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"\n{len(set(prompts))} prompts, {len(prompts)} images, the same noise for both; ± standard errors over prompts\n"
+    )
+    print("| metric | base | LoRA | difference | better | worse |\n| --- | --- | --- | --- | --- | --- |")
     for name, found in results.items():
-        cells = [f"{found[key]:.4g} ± {found[f'{key}_se']:.2g}" for key in ("base", "lora", "change")]
-        ratio = f"{found['change'] / found['change_se']:+.1f}" if found["change_se"] else ""
-        print(f"| {name} | {' | '.join(cells)} | {ratio} |")
+        cells = [Result.text(found[key], found[f"{key}_se"]) for key in ("base", "lora", "difference")]
+        print(f"| {name} | {' | '.join(cells)} | {found['better']:.0%} | {found['worse']:.0%} |")
     print(f"\nIn {folder}: results.json (with a `model-index` for the card), before_after.png, base/, lora/")
 
 
