@@ -16,7 +16,13 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
 # Two updates to a generation. Half of the groups of each process train nothing.
 LORA = {"shuffle_dataset": False, "easy": [0, 2, 4, 6], **SAVING}
 FULL = {"full": True, "learning_rate": 1e-3, "ema_decay": 0.5, "save": True, **SAVING, **EVALUATING, "save_steps": 3}
-CRITIC = {"method": "tdpo_r", "learning_rate": 1e-3, "critic_learning_rate": 1e-2, "generation_batch_size": 8, **SAVING}
+CRITIC = {
+    "method": "tdpo_r",
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 1e-2,
+    "generation_batch_size": 8,
+    **SAVING,
+}
 
 
 def launch(engine, folder, specs):

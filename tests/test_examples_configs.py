@@ -50,5 +50,7 @@ def test_the_slurm_script_starts_a_launcher_per_node(tmp_path):
 
 def test_sharding():
     for stage in (2, 3):
-        assert load_config_from_file(str(FOLDER / f"deepspeed_zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
+        assert (
+            load_config_from_file(str(FOLDER / f"deepspeed_zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
+        )
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
