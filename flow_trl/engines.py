@@ -3,6 +3,7 @@ Weights that FSDP2 and DeepSpeed share out over processes, as if they were whole
 goes on from them.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,16 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from diffusers import DiffusionPipeline
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+
+def load_whole() -> None:
+    """
+    Lets transformers load models whole from here on (text encoders, those of rewards): told of ZeRO-3, it would share them
+    out, and nothing would gather them.
+    """
+    unset_hf_deepspeed_config()
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
@@ -143,13 +153,12 @@ def zero_state(zero: Any, groups: list[list[torch.Tensor]]) -> dict[str, Any]:
     moments, rest = _zero_moments(zero.optimizer)
     weights = [weight for group in groups for weight in group]
     state = {
-        index: {name: safe_get_full_optimizer_state(weight, name).cpu() for name in moments} | rest
+        index: {name: safe_get_full_optimizer_state(weight, name).cpu() for name in moments} | copy.deepcopy(rest)
         for index, weight in enumerate(weights)
         if moments or rest
     }
-    saved, first, kept = [], 0, iter(zero.optimizer.param_groups)
-    for members in groups:
-        group = next(kept) if members else zero.optimizer.param_groups[0]  # DeepSpeed leaves out those without weights
+    saved, first = [], 0
+    for group, members in zip(zero.optimizer.param_groups, groups, strict=True):
         saved.append(group | {"params": list(range(first, first + len(members)))})
         first += len(members)
     return {"state": state, "param_groups": saved}
@@ -158,9 +167,7 @@ def zero_state(zero: Any, groups: list[list[torch.Tensor]]) -> dict[str, Any]:
 def load_zero_state(zero: Any, groups: list[list[torch.Tensor]], state: dict[str, Any]) -> None:
     """Gives a ZeRO optimizer what [`zero_state`] returned, with any number of processes."""
     optimizer, weights = zero.optimizer, [weight for group in groups for weight in group]
-    for group, saved in zip(
-        optimizer.param_groups, filter(lambda group: group["params"], state["param_groups"]), strict=True
-    ):
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group |= {name: value for name, value in saved.items() if name != "params"}
     if not state["state"]:
         return
@@ -211,8 +218,8 @@ def with_weights(
         own |= dict(denoiser.named_buffers())
         copies[name].load_state_dict(own, strict=False, assign=True)
     try:
-        for name, copy in copies.items():
-            setattr(pipe, name, copy)
+        for name, denoiser in copies.items():
+            setattr(pipe, name, denoiser)
         yield copies
     finally:
         for name, denoiser in denoisers.items():
@@ -231,6 +238,7 @@ class Engines:
 
     def _check_engine(self) -> None:
         """Raises for what cannot work with this engine."""
+        load_whole()
         state, args = self.accelerator.state, self.args
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
             raise ValueError(
@@ -260,7 +268,10 @@ class Engines:
                 module.reshard()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if not is_given:  # a LoRA has no weights without decay; DeepSpeed leaves out such groups
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self._groups = [group["params"] for group in optimizer.param_groups]
         return optimizer
 
@@ -269,6 +280,7 @@ class Engines:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._groups = [list(self._trained.values())]  # unless an optimizer is created here
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_whole()
         named = fsdp2_canonicalize_names(dict(self.policy.denoiser.named_parameters()))
         self._trained = {name: named[name] for name in self._trained}
         if self.ema is not None:

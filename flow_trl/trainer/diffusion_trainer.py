@@ -21,7 +21,7 @@ from ..cards import diffusion_card
 from ..checkpoints import Checkpoints
 from ..conditioning import Conditioning
 from ..console import use_console
-from ..engines import Engines
+from ..engines import Engines, load_whole
 from ..generation import Chunk, Generation, SampledChunks, Sampler
 from ..held_out import Evaluations, upload_completions
 from ..loading import compile_denoisers, load_pipeline, model_name, place_components, prepare_denoisers
@@ -114,6 +114,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
+        load_whole()
         self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
         self._check_pipeline(self.pipe)
         options = {
