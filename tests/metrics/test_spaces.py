@@ -39,7 +39,7 @@ def test_a_metric_is_loaded_from_its_space_in_a_new_process(hub, tmp_path, capsy
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["pass@2"], found["pass@2_se"]) == pytest.approx((2 / 3, 1 / 6))
     assert (found["colors"], found["counting"], found["overall"], found["overall_se"]) == (1, 0, 0.5, None)
-    assert ("GET", "/spaces/user/geneval/resolve/main/geneval.py") in hub.requests
+    assert any(method == "GET" and path.endswith("/geneval.py") for method, path in hub.requests)
     # Again, some of them: nothing is in the way
     assert [url.rsplit("/", 1)[-1] for url in push("user", ["geneval"], private=True)] == ["geneval"]
 

@@ -94,8 +94,8 @@ class GenEval(images.EitherFormat):
                     raise ValueError(
                         f"`references[{index}]` is {row}: an image needs GenEval's metadata, `tag` and `include`."
                     )
-            whole = datasets.Features(METADATA).encode_example  # `evaluate` wants every key
-            references = [whole({**row, "exclude": row.get("exclude") or []}) for row in references]
+            references = [{**row, "include": [_complete(entry) for entry in row["include"]]} for row in references]
+            references = [{name: row.get(name) or [] for name in METADATA} for row in references]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(self, predictions, references, detector=None, groups=None):
@@ -119,6 +119,12 @@ class GenEval(images.EitherFormat):
         results["overall"] = math.fsum(results[tag] for tag in kinds) / len(kinds)
         results["overall_se"] = None if None in errors else math.hypot(*errors) / len(kinds)
         return results | {"correct": list(predictions)}
+
+
+def _complete(entry):
+    """An entry of `include` with the keys that `evaluate` wants, and the index in its position as a string."""
+    position = entry.get("position")
+    return {**entry, "color": entry.get("color"), "position": position and [str(item) for item in position]}
 
 
 def _judge(detector):
