@@ -188,7 +188,7 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
 
 
 def main() -> None:
-    arguments, args = parse(ScriptArguments, "blockwise_grpo")
+    arguments, args = parse(ScriptArguments, "blockwise_grpo", learning_rate=2.5e-4)
     correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
     task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
     train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 from PIL import Image
+from trl.trainer.utils import get_callable_name
 
 from . import __version__
 from .callbacks import read_grid, save_before_and_after
@@ -487,7 +488,7 @@ def language_card(
                 "name": block.name,
                 "found": tags_found or f"`{block.pattern}`",
                 "rewards": rewards,
-                "outcome": getattr(block.outcome, "__name__", type(block.outcome).__name__) if outcome else "",
+                "outcome": get_callable_name(block.outcome) if outcome else "",
                 "weight": block.weight,
             }
         )
