@@ -60,7 +60,6 @@ COMMAND_LINE = {
     "eval_guidance_scale": ("1", 1.0),
     "num_images_to_save": ("0", 0),
     "log_completions": ("True", True),
-    "trust_checkpoint": ("True", True),
     "num_completions_to_print": ("3", 3),
     "log_unique_prompts": ("True", True),
     "log_completions_hub_repo": ("user/logs", "user/logs"),
