@@ -6,150 +6,154 @@
 # flow-trl = { path = "..", editable = true }
 # ///
 """
-Compares a pipeline with and without a LoRA on the same prompts and the same noise: a table with standard errors and paired
-differences, a picture, and results for the `model-index` of the LoRA's card.
+Compares a LoRA with its base on the same prompts and noise: a table with standard errors and paired differences, pictures
+side by side, and the entry for the model card.
 
-A LoRA of the tiny world, trained by examples/tp_grpo.py:
+    python examples/evaluate_lora.py --base stabilityai/stable-diffusion-3.5-medium --lora you/your-lora \
+        --metrics geneval_strict pickscore --prompts geneval \
+        --pipeline_kwargs '{"num_inference_steps": 28, "guidance_scale": 4.5, "height": 512, "width": 512}'
+
+The LoRA may come from any library whose format diffusers' `load_lora_weights` reads. Without a base the tiny world's is taken,
+for a LoRA that `tp_grpo.py` has trained:
 
     python examples/evaluate_lora.py --lora outputs/control_variate_scenes
 
-Any LoRA that diffusers loads, whatever trained it:
-
-    python examples/evaluate_lora.py --base stabilityai/stable-diffusion-3.5-medium --lora user/lora \
-        --prompts geneval --metrics geneval_strict pickscore \
-        --pipeline_kwargs '{"num_inference_steps": 28, "guidance_scale": 4.5, "height": 512, "width": 512}'
-
-Images are kept as they are made: started again with the same arguments it goes on, and other metrics cost no new images.
+Images are kept as they are made: started again with the same arguments it goes on, and other metrics cost no new ones. What is in
+`results.json` under `model-index` goes into the LoRA's card by `huggingface_hub.metadata_update("you/your-lora",
+{"model-index": ...})`.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image
 from tqdm.auto import tqdm
-from trl import TrlParser
+from transformers import HfArgumentParser
 
 from flow_trl import tiny
-from flow_trl.callbacks import save_before_and_after, save_captions, save_image_grid
+from flow_trl.callbacks import save_comparison
 from flow_trl.cards import Result, Table
+from flow_trl.loading import load_pipeline
 from flow_trl.metrics import summarize
-from flow_trl.prompts import load_prompts, split_prompts
+from flow_trl.prompts import evaluation_prompts
+from flow_trl.publishing import public_name
 from flow_trl.scoring import Scorer
-from flow_trl.utils import sample_generator
+from flow_trl.utils import check_prompts, sample_generator
 
 
-TINY = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 0}
+IMAGES_SHOWN = 16
+TINY_KWARGS = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 0}
 
 
 @dataclass
-class ScriptArguments:
+class Arguments:
     """
-    Arguments of this script.
+    Arguments of the comparison.
 
     Args:
         lora (`str`):
-            Hub id, folder or file of the LoRA.
+            Hub id, folder or `.safetensors` file of the LoRA.
         base (`str`, *optional*):
-            Hub id or folder of the pipeline that it belongs to. Defaults to the tiny world's flow-matching pipeline.
-        prompts (`str`, *optional*):
-            Held-out prompts, see [`~prompts.load_prompts`]. Defaults to the tiny world's scenes.
+            Hub id or folder of the pipeline that it belongs to. By default the tiny world's flow-matching model.
         metrics (`list[str]`, *optional*):
-            Names or dotted paths of rewards, see [`flow_trl.rewards`]. Defaults to the tiny world's scene scores.
+            Names of built-in reward functions, or dotted paths of others. By default the tiny world's scene rewards, or
+            `geneval_strict` and `pickscore` for another base.
+        prompts (`str`, *optional*):
+            Prompts, as [`~prompts.evaluation_prompts`] takes them: `geneval`, `ocr`, `animals`, a file or a Hub id. By default
+            the tiny world's scenes, or `geneval` for another base.
         num_prompts (`int`, *optional*, defaults to `200`):
-            How many prompts are used at most.
+            Largest number of prompts.
         images_per_prompt (`int`, *optional*, defaults to `1`):
-            Images of each prompt, of noise of their own; GenEval makes 4.
+            Images of each prompt; GenEval makes 4.
+        pipeline_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for each call of the pipeline.
+        dtype (`str`, *optional*):
+            Type of the weights. Defaults to `bfloat16` on a GPU and `float32` on a CPU.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images made together.
-        lora_scale (`float`, *optional*, defaults to `1.0`):
-            Strength of the LoRA.
-        pipeline_kwargs (`dict`, *optional*):
-            Arguments of the pipeline's call, as JSON. Defaults to what the tiny world's pipeline was trained with.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Precision of the pipeline on a GPU; on the CPU it is float32.
+            Images that are made together.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the noise.
+            Seed of the noise, which is the same for both.
         output_dir (`str`, *optional*, defaults to `"outputs/evaluate_lora"`):
-            Where images, picture and results go.
+            Where images, `results.json` and `base_and_lora.png` are written.
     """
 
-    lora: str = field(metadata={"help": "Hub id, folder or file of the LoRA."})
-    base: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the pipeline. Default: the tiny world's."}
+    lora: str = field(metadata={"help": "Hub id, folder or .safetensors file of the LoRA."})
+    base: str | None = field(default=None, metadata={"help": "Pipeline that it belongs to: Hub id or folder."})
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": "Names of reward functions, or dotted paths such as my_package.darkness."}
     )
     prompts: str | None = field(
-        default=None,
-        metadata={"help": "Prompt set, .txt or .json file, or Hub data set. Default: the tiny world's scenes."},
+        default=None, metadata={"help": "Prompts: geneval, ocr, animals, a .jsonl or .txt file, or a Hub id."}
     )
-    metrics: list[str] | None = field(default=None, metadata={"help": "Names or dotted paths of rewards."})
-    num_prompts: int = field(default=200, metadata={"help": "How many prompts are used at most."})
+    num_prompts: int = field(default=200, metadata={"help": "Largest number of prompts."})
     images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt."})
-    batch_size: int = field(default=8, metadata={"help": "Images made together."})
-    lora_scale: float = field(default=1.0, metadata={"help": "Strength of the LoRA."})
-    pipeline_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the pipeline's call, as JSON."}
+    pipeline_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for each call of the pipeline, as JSON."}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "Precision on a GPU; on the CPU it is float32."})
+    dtype: str | None = field(default=None, metadata={"help": "Type of the weights, such as bfloat16."})
+    batch_size: int = field(default=8, metadata={"help": "Images that are made together."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
-    output_dir: str = field(default="outputs/evaluate_lora", metadata={"help": "Where images and results go."})
+    output_dir: str = field(default="outputs/evaluate_lora", metadata={"help": "Where the results are written."})
 
     def __post_init__(self):
-        if isinstance(self.pipeline_kwargs, str):
+        for name in ("num_prompts", "images_per_prompt", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}`: it must be at least 1.")
+        if self.pipeline_kwargs is None:
+            self.pipeline_kwargs = TINY_KWARGS if self.base is None else {}
+        elif isinstance(self.pipeline_kwargs, str):
             try:
                 self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"`pipeline_kwargs={self.pipeline_kwargs!r}` is no JSON such as '{{\"height\": 512}}' ({error})."
                 ) from error
-        if self.pipeline_kwargs is None:
-            self.pipeline_kwargs = TINY if self.base is None else {}
-        for name in ("num_prompts", "images_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}`: it must be at least 1.")
 
 
-def load_pipeline(arguments: ScriptArguments) -> DiffusionPipeline:
-    if arguments.base is None:
-        return tiny.load_flow_pipeline()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, arguments.dtype)
-    return DiffusionPipeline.from_pretrained(arguments.base, torch_dtype=dtype).to(device)
-
-
-def load_data(arguments: ScriptArguments) -> Dataset:
+def load_data(arguments: Arguments) -> Dataset:
     """One row for each image."""
-    if arguments.prompts is not None:
-        data = load_prompts(arguments.prompts, arguments.num_prompts)[1]
+    if arguments.prompts is None and arguments.base is None:
+        prompts = tiny.load_prompts("scenes", "test")
+        prompts = prompts.select(range(min(arguments.num_prompts, len(prompts))))
     else:
-        splits = {split: tiny.load_prompts("scenes", split) for split in ("train", "test")}
-        data = split_prompts(splits, arguments.num_prompts)[1]
-    return data.select([row for row in range(len(data)) for _ in range(arguments.images_per_prompt)])
+        prompts = evaluation_prompts(arguments.prompts or "geneval", arguments.num_prompts)
+    check_prompts("prompts", prompts)
+    rows = [row for row in range(len(prompts)) for _ in range(arguments.images_per_prompt)]
+    return prompts.select(rows)
 
 
-def add_lora(pipe: DiffusionPipeline, arguments: ScriptArguments) -> None:
-    """Puts the LoRA into the pipeline; refuses one that has nothing for it."""
-    pipe.load_lora_weights(arguments.lora, adapter_name="lora")
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = [weight for part in parts for name, weight in part.named_parameters() if ".lora_B." in name]
+def load_both(arguments: Arguments) -> DiffusionPipeline:
+    """The pipeline with the LoRA, which can be switched on and off."""
+    device = PartialState().device
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    pipe = load_pipeline(arguments.base or str(tiny.FLOW_FOLDER), torch.float32, {"dtype": dtype}).to(device)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"`base` is a {type(pipe).__name__}, which loads no LoRA.")
+    pipe.load_lora_weights(arguments.lora)
+    weights = [
+        weight for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+        for name, weight in part.named_parameters() if ".lora_B." in name
+    ]  # fmt: skip
     if not any(weight.any() for weight in weights):
-        found = f"{len(weights)} layers, all of them zero" if weights else "no layer"
+        found = f"{len(weights)} layers, all zero" if weights else "no layer"
         raise ValueError(f"`lora={arguments.lora!r}` changes nothing in {type(pipe).__name__}: it has {found} for it.")
-    pipe.set_adapters("lora", arguments.lora_scale)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def keep_settings(arguments: ScriptArguments) -> None:
+def keep_settings(arguments: Arguments) -> None:
     """Refuses a folder with images of other settings."""
-    settings = {
-        name: value for name, value in asdict(arguments).items() if name not in ("metrics", "batch_size", "output_dir")
-    }
+    others = ("metrics", "batch_size", "output_dir")
+    settings = {name: value for name, value in asdict(arguments).items() if name not in others}
     path = Path(arguments.output_dir, "settings.json")
-    kept = json.loads(path.read_text()) if path.is_file() else settings
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for name, value in settings.items():
         if kept[name] != value:
             raise ValueError(
@@ -157,102 +161,106 @@ def keep_settings(arguments: ScriptArguments) -> None:
                 "choose another folder, or delete it."
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2))
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-@torch.no_grad()
-def sample(pipe: DiffusionPipeline, prompts: list[str], folder: Path, arguments: ScriptArguments) -> list[Image.Image]:
-    """One image of each prompt, of noise that depends on its number alone; what is there already is not made again."""
+def sample(pipe: DiffusionPipeline, prompts: list[str], name: str, arguments: Arguments) -> list[Image.Image]:
+    """One image of each row, of noise that depends on the seed and the row alone; what is there is not made again."""
+    folder = Path(arguments.output_dir, "images", name)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{row:05d}.png" for row in range(len(prompts))]
     missing = [row for row, path in enumerate(paths) if not path.is_file()]
-    pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=folder.name, unit="image") as progress:
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc=name, unit="image") as progress:
         for start in range(0, len(missing), arguments.batch_size):
             rows = missing[start : start + arguments.batch_size]
             generators = [sample_generator("evaluate_lora", arguments.seed, row) for row in rows]
-            images = pipe(
-                prompt=[prompts[row] for row in rows], generator=generators, **arguments.pipeline_kwargs
-            ).images
+            images = pipe([prompts[row] for row in rows], generator=generators, **arguments.pipeline_kwargs).images
             for row, image in zip(rows, images, strict=True):
-                partial = paths[row].with_suffix(".part")
-                image.save(partial, format="PNG")
-                partial.replace(paths[row])
+                unfinished = paths[row].with_suffix(".unfinished")
+                image.save(unfinished, format="PNG")
+                unfinished.replace(paths[row])
             progress.update(len(rows))
     return [Image.open(path).convert("RGB") for path in paths]
 
 
-def compare(base: torch.Tensor, lora: torch.Tensor, prompts: list[str]) -> dict[str, float | None]:
-    """Means where a metric applies to both, that of the paired difference, and how often either is better."""
-    rows = (~(base.isnan() | lora.isnan())).nonzero().flatten().tolist()
-    values = {"base": base.double(), "lora": lora.double(), "difference": lora.double() - base.double()}
+def captioned(images: list[Image.Image], prompts: list[str], scores: list[float]) -> list[tuple[Image.Image, dict]]:
+    """The first images, with their prompts and scores."""
+    shown = list(zip(images, prompts, scores, strict=True))[:IMAGES_SHOWN]
+    return [(image, {"prompt": p, "reward": None if math.isnan(score) else score}) for image, p, score in shown]
+
+
+def compare(base: list[float], lora: list[float], groups: list[str]) -> dict[str, float | None]:
+    """Means of both and of the paired difference, over images to which the metric applies, and how often either is better."""
+    rows = [i for i, pair in enumerate(zip(base, lora, strict=True)) if not any(map(math.isnan, pair))]
+    if not rows:
+        return {}
+    groups = [groups[i] for i in rows]
+    values = {"base": [base[i] for i in rows], "lora": [lora[i] for i in rows]}
+    values["difference"] = [lora[i] - base[i] for i in rows]
     result: dict[str, float | None] = {"num_images": len(rows)}
     for name, of_images in values.items():
-        result |= summarize(name, of_images[rows].tolist(), [prompts[row] for row in rows])
-    difference = values["difference"][rows]
-    return result | {
-        "better": (difference > 0).double().mean().item(),
-        "worse": (difference < 0).double().mean().item(),
-    }
+        result |= summarize(name, of_images, groups)
+    better, worse = (sum(sign * d > 0 for d in values["difference"]) / len(rows) for sign in (1, -1))
+    return result | {"better": better, "worse": worse}
 
 
-def main() -> None:
-    (arguments,) = TrlParser(ScriptArguments).parse_args_and_config()
-    folder, dataset = Path(arguments.output_dir), load_data(arguments)
-    if arguments.metrics is None and arguments.prompts is not None:
-        raise ValueError(
-            "`--metrics` is missing: name the rewards that suit `--prompts`, such as `--metrics pickscore clip_score`."
-        )
-    scorer = Scorer(arguments.metrics or [tiny.scene_reward(), tiny.scene_reward(strict=True)])
-    scorer.check(arguments.prompts or "scenes", [name for name in dataset.column_names if name != "prompt"])
+def main(arguments: Arguments) -> None:
+    is_tiny = arguments.base is None
+    names = ["flow_trl.tiny.scene", "flow_trl.tiny.scene_strict"] if is_tiny else ["geneval_strict", "pickscore"]
+    data, scorer = load_data(arguments), Scorer(arguments.metrics or names)
+    scorer.check("prompts", [name for name in data.column_names if name != "prompt"])
     keep_settings(arguments)
-    pipe, columns = load_pipeline(arguments), dataset.to_dict()
-    prompts = columns.pop("prompt")
-    images = {"base": sample(pipe, prompts, folder / "base", arguments)}
-    add_lora(pipe, arguments)
-    images["lora"] = sample(pipe, prompts, folder / "lora", arguments)
+    pipe, columns = load_both(arguments), data.to_dict()
+    prompts, tags = columns.pop("prompt"), columns.get("tag", [])
+    pipe.disable_lora()
+    images = {"base": sample(pipe, prompts, "base", arguments)}
+    pipe.enable_lora()
+    images["LoRA"] = sample(pipe, prompts, "LoRA", arguments)
+    base, lora = (scorer(found, prompts, columns).double() for found in images.values())
 
-    scores = {when: scorer(found, prompts, columns) for when, found in images.items()}
-    kinds = {"": range(len(prompts))}
-    for tag in dict.fromkeys(columns.get("tag", [])):
-        kinds[f" ({tag})"] = [row for row, other in enumerate(columns["tag"]) if other == tag]
-    results = {}
-    for f, name in enumerate(scorer.names):
-        for kind, rows in kinds.items():
-            both = [scores[when][rows, f] for when in images]
-            if not (both[0].isnan() | both[1].isnan()).all():
-                results[name + kind] = compare(*both, [prompts[row] for row in rows])
-        if name not in results:
-            raise ValueError(
-                f"The metric `{name}` applies to none of the images: do the prompts have the columns it needs?"
-            )
-    title = Path(arguments.lora).stem
-    measured = [
-        Result(name.split(" (")[0], name, found["lora"], found["lora_se"], found["base"], found["base_se"])
-        for name, found in results.items()
+    subsets = {"": range(len(prompts))}
+    subsets |= {f" ({tag})": [i for i, other in enumerate(tags) if other == tag] for tag in dict.fromkeys(tags)}
+    results = {
+        name + tag: compare(base[rows, f].tolist(), lora[rows, f].tolist(), [prompts[i] for i in rows])
+        for f, name in enumerate(scorer.names)
+        for tag, rows in subsets.items()
+    }
+    results = {name: result for name, result in results.items() if result}
+    found = [
+        Result(name.split(" (")[0], name, result["lora"], result["lora_se"], result["base"], result["base_se"])
+        for name, result in results.items()
     ]
-    table = Table("", "", measured, dataset, Path(arguments.prompts or "scenes").stem)
-    index = eval_results_to_model_index(title, table.eval_results("text-to-image"))
-    (folder / "results.json").write_text(json.dumps({"results": results, "model-index": index}, indent=2))
-
-    shown = min(16, len(prompts))
-    for step, (when, found) in enumerate(images.items()):
-        path = folder / "images" / f"eval-{step:06d}.png"
-        save_image_grid(found[:shown], columns=min(8, shown), path=path)
-        rewards = scores[when][:shown, -1].tolist()
-        captions = [{"prompt": prompt, "reward": reward} for prompt, reward in zip(prompts, rewards, strict=False)]
-        save_captions(path, captions, columns=min(8, shown))
-    save_before_and_after(folder, labels=("base", "LoRA"))
-
+    source = arguments.prompts or ("scenes" if is_tiny else "geneval")
+    table = Table("", "metric", found, data, Path(source).name if Path(source).exists() else source)
     print(
-        f"\n{len(set(prompts))} prompts, {len(prompts)} images, the same noise for both; ± standard errors over prompts\n"
+        f"\n{len(set(prompts))} prompts, {len(prompts)} images, the same noise for both; ± standard error over prompts\n"
     )
     print("| metric | base | LoRA | difference | better | worse |\n| --- | --- | --- | --- | --- | --- |")
-    for name, found in results.items():
-        cells = [Result.text(found[key], found[f"{key}_se"]) for key in ("base", "lora", "difference")]
-        print(f"| {name} | {' | '.join(cells)} | {found['better']:.0%} | {found['worse']:.0%} |")
-    print(f"\nIn {folder}: results.json (with a `model-index` for the card), before_after.png, base/, lora/")
+    for row in table.shown()["rows"]:
+        result = results[row["name"]]
+        difference = Result.text(result["difference"], result["difference_se"])
+        shares = f"{result['better']:.0%} | {result['worse']:.0%}"
+        print(f"| {row['name']} | {row['before']} | {row['after']} | {difference} | {shares} |")
+
+    folder = Path(arguments.output_dir)
+    lora_name = Path(arguments.lora).name if Path(arguments.lora).exists() else public_name(arguments.lora)
+    index = eval_results_to_model_index(lora_name.split("/")[-1], table.eval_results("text-to-image"))
+    saved = {
+        "base": public_name(arguments.base or "flow_trl.tiny"),
+        "lora": lora_name,
+        "prompts": table.name,
+        "num_prompts": len(set(prompts)),
+        "pipeline_kwargs": arguments.pipeline_kwargs,
+        "seed": arguments.seed,
+        "metrics": results,
+        "model-index": index,
+    }
+    (folder / "results.json").write_text(json.dumps(saved, indent=2, allow_nan=False), encoding="utf-8")
+    shown = {"base": base[:, 0].tolist(), "LoRA": lora[:, 0].tolist()}
+    shown = {name: captioned(images[name], prompts, scores) for name, scores in shown.items()}
+    save_comparison(shown, folder / "base_and_lora.png")
+    print(f"\nIn {folder}: results.json (its `model-index` is for the card), base_and_lora.png, images/")
 
 
 if __name__ == "__main__":
-    main()
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

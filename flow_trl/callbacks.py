@@ -401,7 +401,6 @@ def save_before_and_after(
     folder: str | Path,
     score: Callable[[list[Image.Image]], list[float]] | None = None,
     until: float = math.inf,
-    labels: tuple[str, str] = ("before", "after"),
 ) -> None:
     """
     Writes `before_after.png`: the images of the first and the last evaluation of a run, of the same prompts and noise.
@@ -414,8 +413,6 @@ def save_before_and_after(
             written below the image. By default that is the evaluation's reward.
         until (`int`, *optional*):
             The last update whose evaluation may be shown.
-        labels (`tuple[str, str]`, *optional*, defaults to `("before", "after")`):
-            What is written beside the two.
 
     Raises:
         MissingExtraError: if matplotlib is not installed (extra `plots`).
@@ -427,14 +424,42 @@ def save_before_and_after(
     >>> save_before_and_after(trainer.args.output_dir, lambda images: judge(prompts=prompts, images=images))
     ```
     """
-    figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
     paths = sorted((Path(folder) / "images").glob("eval-*.png"))
     paths = [path for path in paths if int(path.stem.split("-")[-1]) <= until]
     grids = {
         when: [(image, caption) for image, caption in read_grid(path) if not caption.get("given")]
-        for when, path in zip(labels, (paths[0], paths[-1]), strict=True)
+        for when, path in (("before", paths[0]), ("after", paths[-1]))
     }
-    prompts = [caption["prompt"] for _, caption in grids[labels[1]]]
+    save_comparison(grids, Path(folder) / "before_after.png", score)
+
+
+def save_comparison(
+    grids: dict[str, list[tuple[Image.Image, dict[str, Any]]]],
+    path: str | Path,
+    score: Callable[[list[Image.Image]], list[float]] | None = None,
+) -> None:
+    """
+    Writes images of two models one above the other, with their prompts above and how good they are below.
+
+    Args:
+        grids (`dict[str, list[tuple[PIL.Image.Image, dict]]]`):
+            By the name of a model, its images with their `prompt` and `reward`; both of the same prompts. The first 16 are shown.
+        path (`str` or `Path`):
+            PNG file to write.
+        score (`Callable`, *optional*):
+            As in [`save_before_and_after`].
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed (extra `plots`).
+
+    Example:
+
+    ```python
+    >>> save_comparison({"base": [(image, {"prompt": "a cat", "reward": 0.5})], "LoRA": [(other, caption)]}, "both.png")
+    ```
+    """
+    figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
+    prompts = [caption["prompt"] for _, caption in list(grids.values())[-1]]
     columns, count = min(8, len(prompts)), min(16, len(prompts))
     blocks = -(-count // columns)
     figure = figures.Figure(figsize=(1.7 * columns, 4.2 * blocks), layout="constrained")
@@ -455,7 +480,7 @@ def save_before_and_after(
             if scores[i] is not None:
                 text, color = marks.get(scores[i], (f"{scores[i]:.3g}", "black"))
                 panel.set_xlabel(text, color=color, fontsize=9)
-    figure.savefig(Path(folder) / "before_after.png", dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def cross_reward_figure(curves: dict[str, list[list[dict]]], names: list[str]) -> Any:

@@ -165,24 +165,55 @@ def load_prompts(name: str, eval_size: int = 1000) -> tuple[Dataset, Dataset]:
     (45, 8)
     ```
     """
+    return split_prompts(_load(name), eval_size)
+
+
+def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
+    """
+    Prompts for evaluation alone: all rows of what has no split `test`.
+
+    Args:
+        name (`str`):
+            As in [`load_prompts`].
+        size (`int`, *optional*, defaults to `1000`):
+            Largest number of prompts.
+
+    Returns:
+        [`~datasets.Dataset`]: in random order, always the same.
+
+    Raises:
+        ValueError: if `name` is neither a set, a file nor a data set that can be loaded.
+
+    Example:
+
+    ```python
+    >>> len(evaluation_prompts("geneval", 200))
+    200
+    ```
+    """
+    data = _load(name)
+    prompts = data["test" if "test" in data else "train"].shuffle(seed=0)
+    return prompts.select(range(min(size, len(prompts))))
+
+
+def _load(name: str) -> dict[str, Dataset]:
+    """The splits of what a name stands for."""
     suffix = Path(name).suffix
     if name in PROMPT_SETS:
-        data = {"train": PROMPT_SETS[name](False), "test": PROMPT_SETS[name](True)}
-    elif suffix in (".txt", ".json", ".jsonl") and not Path(name).is_file():
+        return {"train": PROMPT_SETS[name](False), "test": PROMPT_SETS[name](True)}
+    if suffix in (".txt", ".json", ".jsonl") and not Path(name).is_file():
         raise ValueError(f"`dataset_name={name!r}`: there is no such file.")
-    elif suffix == ".txt":
-        data = load_dataset("text", data_files=name).rename_column("text", "prompt")
-    elif suffix in (".json", ".jsonl"):
-        data = load_dataset("json", data_files=name)
-    else:
-        try:
-            data = load_dataset(name)
-        except Exception as error:
-            error.add_note(
-                f"`dataset_name={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
-            )
-            raise
-    return split_prompts(data, eval_size)
+    if suffix == ".txt":
+        return load_dataset("text", data_files=name).rename_column("text", "prompt")
+    if suffix in (".json", ".jsonl"):
+        return load_dataset("json", data_files=name)
+    try:
+        return load_dataset(name)
+    except Exception as error:
+        error.add_note(
+            f"`dataset_name={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
+        )
+        raise
 
 
 def split_prompts(data: dict[str, Dataset], eval_size: int) -> tuple[Dataset, Dataset]:

@@ -5,16 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from flow_trl.rewards.jpeg import jpeg_compressibility
 from flow_trl.tiny import load_diffusion_pipeline, load_flow_pipeline, load_language_model
 from flow_trl.tiny.edits import load_edits
 
@@ -245,65 +239,3 @@ def test_chaos():
     output = run("benchmarks/chaos.py", "--signals", "2", "--methods", "tp_grpo")
     rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| tp_grpo")]
     assert len(rows) == 6 and all(row[4].strip() == row[5].strip() for row in rows)
-
-
-def test_evaluate_lora_of_another_library(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import evaluate_lora
-
-    # As the training scripts of diffusers write one
-    pipe = load_flow_pipeline()
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    type(pipe).save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.transformer))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"a photo of {n} circles" for n in range(40)))
-
-    def run(*arguments, folder="results"):
-        options = ["--lora", str(tmp_path / "lora"), "--prompts", str(prompts), "--batch_size", "3"]
-        options += ["--pipeline_kwargs", '{"num_inference_steps": 2, "guidance_scale": 1.0}']
-        options += ["--output_dir", str(tmp_path / folder), *arguments]
-        monkeypatch.setattr(sys, "argv", ["evaluate_lora.py", *options])
-        evaluate_lora.main()
-        return json.loads((tmp_path / folder / "results.json").read_text())
-
-    found = run("--metrics", "flow_trl.rewards.jpeg.jpeg_compressibility")
-    sizes = {}
-    for when in ("base", "lora"):
-        images = [Image.open(path) for path in sorted((tmp_path / "results" / when).glob("*.png"))]
-        sizes[when] = np.array(jpeg_compressibility(prompts=[""] * 4, images=images))
-    change = sizes["lora"] - sizes["base"]
-    expected = {"difference": change.mean(), "difference_se": change.std(ddof=1) / 2, "base": sizes["base"].mean()}
-    expected |= {"num_images": 4, "better": (change > 0).mean(), "worse": (change < 0).mean()}
-    result = found["results"]["jpeg_compressibility"]
-    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6) and change.any()
-    (entry,) = found["model-index"]
-    assert entry["results"][0]["metrics"][0]["value"] == pytest.approx(sizes["lora"].mean())
-    assert "| jpeg_compressibility |" in capsys.readouterr().out
-    assert Image.open(tmp_path / "results" / "before_after.png").width > 300
-
-    path = tmp_path / "results" / "lora" / "00003.png"
-    path.unlink()  # it goes on where it stopped, with the same noise
-    assert run("--metrics", "jpeg_incompressibility")["results"]["jpeg_incompressibility"]["lora"] == pytest.approx(
-        -sizes["lora"].mean()
-    )
-    for arguments, message in (
-        (["--metrics", "ocr", "--seed", "1"], "`seed=1`, but the images in .* were made with 0"),
-        ([], "`--metrics` is missing"),
-        (["--metrics", "geneval_strictly"], "no built-in reward"),
-        (["--metrics", "ocr", "--num_prompts", "0"], "`num_prompts=0`"),
-        (["--metrics", "ocr", "--pipeline_kwargs", "height=512"], "`pipeline_kwargs='height=512'` is no JSON"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(*arguments)
-    found = run("--metrics", "jpeg_compressibility", "--lora_scale", "0", "--images_per_prompt", "2", folder="off")[
-        "results"
-    ]
-    found = found["jpeg_compressibility"]
-    assert found["num_images"] == 8 and found["difference"] == found["better"] == found["worse"] == 0
-    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
-        zeros = {name: torch.zeros_like(file.get_tensor(name)) for name in file.keys()}
-    save_file(zeros, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    with pytest.raises(
-        ValueError, match="changes nothing in StableDiffusion3Pipeline: it has [0-9]+ layers, all of them zero"
-    ):
-        run("--metrics", "jpeg_compressibility", folder="zero")

@@ -232,3 +232,7 @@ def scene_reward(strict: bool = False) -> SceneReward:
     ```
     """
     return SceneReward(detect_shapes, strict)
+
+
+# For command lines, by the dotted paths `flow_trl.tiny.scene` and `flow_trl.tiny.scene_strict`
+scene, scene_strict = scene_reward(), scene_reward(strict=True)
