@@ -15,7 +15,16 @@ EVALUATING = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
 # Two updates to a generation. Half of the groups of each process train nothing.
 LORA = {"shuffle_dataset": False, "easy": [0, 2, 4, 6], **SAVING}
-FULL = {"full": True, "learning_rate": 1e-3, "ema_decay": 0.5, "save": True, **SAVING, **EVALUATING, "save_steps": 3}
+FULL = {
+    "full": True,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 1e-3,
+    "ema_decay": 0.5,
+    "save": True,
+    **SAVING,
+    **EVALUATING,
+    "save_steps": 3,
+}
 CRITIC = {
     "method": "tdpo_r",
     "learning_rate": 1e-3,

@@ -21,7 +21,7 @@ def launch(script, specs, folder):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(ROOT / "tests" / "trainer" / script), str(folder / "spec.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-60000:]
     ranks = [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
     return list(zip(*ranks, strict=True))

@@ -103,6 +103,7 @@ class TDPORTrainer(DDPOTrainer):
             return
         self._critic_policy = self._make_critic_policy()
         self._encoder = self._choose_encoder(critic_encoder)
+        self._place_denoiser()
         self.critic = TemporalCritic(self._embedding_size(), generator=sample_generator(self.args.seed, "critic")).to(
             self.accelerator.device
         )
