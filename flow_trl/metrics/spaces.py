@@ -137,7 +137,9 @@ def app(folder: str | Path) -> "gradio.Interface":
         examples.append([json.dumps(given, indent=2), pictures])
     inputs = [gradio.Code(examples[0][0], language="json", label="Arguments of compute()")]
     if has_images:
-        inputs.append(gradio.Gallery(examples[0][1], type="pil", label="predictions", file_types=["image"]))
+        inputs.append(
+            gradio.Gallery(examples[0][1], type="pil", format="png", label="predictions", file_types=["image"])
+        )
     return gradio.Interface(
         compute,
         inputs,

@@ -94,8 +94,7 @@ class GenEval(images.EitherFormat):
                     raise ValueError(
                         f"`references[{index}]` is {row}: an image needs GenEval's metadata, `tag` and `include`."
                     )
-            references = [{**row, "include": [_complete(entry) for entry in row["include"]]} for row in references]
-            references = [{name: row.get(name) or [] for name in METADATA} for row in references]
+            references = [_whole(row) for row in references]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(self, predictions, references, detector=None, groups=None):
@@ -121,10 +120,15 @@ class GenEval(images.EitherFormat):
         return results | {"correct": list(predictions)}
 
 
-def _complete(entry):
-    """An entry of `include` with the keys that `evaluate` wants, and the index in its position as a string."""
-    position = entry.get("position")
-    return {**entry, "color": entry.get("color"), "position": position and [str(item) for item in position]}
+def _whole(row):
+    """The metadata that counts, with every key, and positions of strings alone."""
+    include = []
+    for entry in row["include"]:
+        position = entry.get("position")
+        include.append({name: entry.get(name) for name in (*_object, *_placed)})
+        include[-1]["position"] = None if position is None else list(map(str, position))
+    exclude = [{name: entry[name] for name in _object} for entry in row.get("exclude") or []]
+    return {"tag": row["tag"], "include": include, "exclude": exclude}
 
 
 def _judge(detector):
