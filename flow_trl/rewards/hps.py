@@ -40,9 +40,8 @@ class HPSv2(_ClipReward):
     Rewards images that people would prefer for their prompt: Human Preference Score v2.1
     (https://huggingface.co/papers/2306.09341), the cosine of image and prompt in a CLIP trained on such choices.
 
-    Most scores lie between 0.2 and 0.35. Images are not cropped but made square with black bars, as the authors' package
-    `hpsv2` does, which gives the same scores to the third digit (it resizes a little otherwise). Memory and time are those
-    of [`~rewards.clip.PickScore`].
+    Most scores lie between 0.2 and 0.35. Images are not cropped but get black bars where they are not square, as in the
+    authors' package `hpsv2`. Memory and time are those of [`~rewards.clip.PickScore`].
 
     Args:
         checkpoint (`str` or `Path`, *optional*, defaults to `"xswu/HPSv2/HPS_v2.1_compressed.pt"`):
@@ -90,7 +89,7 @@ class HPSv2(_ClipReward):
         super().__init__(load_open_clip(path, model), model, device, batch_size, num_frames)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-        return self._cosine(prompts, [_squared(image) for image in images])
+        return self._cosine(prompts, [_squared(image, self.encoder.image_size) for image in images])
 
 
 def load_open_clip(path: Path, model: str | Path) -> CLIPModel:
@@ -140,8 +139,9 @@ def load_open_clip(path: Path, model: str | Path) -> CLIPModel:
     return CLIPModel.from_pretrained(None, config=config, state_dict=renamed, dtype=torch.float32)
 
 
-def _squared(image: Image.Image) -> Image.Image:
-    side = max(image.size)
+def _squared(image: Image.Image, side: int) -> Image.Image:
+    """An image with its longer edge resized to `side`, in the middle of a black square."""
+    image = image.resize([round(edge * side / max(image.size)) for edge in image.size], Image.Resampling.BICUBIC)
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -1,28 +1,30 @@
 """
 Serves a reward function to [`~rewards.RemoteReward`], from another environment, machine or GPU than the training's.
 
-A reward model that needs other versions than the training, such as HPSv2 or ImageReward, gets an environment of its own.
+A reward model that needs other versions than the training, such as ImageReward or HPSv3, gets an environment of its own.
 There the server needs Pillow and the packages of the extra `serve`, and nothing else of what flow_trl depends on. With
 the model in `my_rewards.py`, as a function or as a class that loads it when it is constructed:
 
 ```python
-class HPSv2:
+class ImageReward:
     def __init__(self):
-        self.model = ...
+        import ImageReward
+
+        self.model = ImageReward.load("ImageReward-v1.0")
 
     def __call__(self, prompts, images, **columns):
-        return [self.model.score(image, prompt) for prompt, image in zip(prompts, images)]
+        return [self.model.score(prompt, image) for prompt, image in zip(prompts, images)]
 ```
 
 ```sh
-pip install --no-deps flow-trl && pip install starlette uvicorn pillow hpsv2
-FLOW_TRL_REWARD_TOKEN=... python -m flow_trl.rewards.serve my_rewards:HPSv2 --host 0.0.0.0 --port 8000
+pip install image-reward clip-anytorch "transformers==4.45.2" starlette uvicorn pillow && pip install --no-deps flow-trl
+FLOW_TRL_REWARD_TOKEN=... python -m flow_trl.rewards.serve my_rewards:ImageReward --host 0.0.0.0 --port 8000
 ```
 
 and on the machine that trains, with the same `FLOW_TRL_REWARD_TOKEN` in the environment,
 
 ```python
-trainer = TPGRPOTrainer(model, reward_funcs=[RemoteReward("http://gpu-box:8000", name="hpsv2")], ...)
+trainer = TPGRPOTrainer(model, reward_funcs=[RemoteReward("http://gpu-box:8000", name="image_reward")], ...)
 ```
 
 A built-in reward is served by its name: `pip install "flow-trl[serve,ocr]"` and `python -m flow_trl.rewards.serve ocr`.
