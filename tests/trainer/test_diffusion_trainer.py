@@ -337,13 +337,13 @@ def test_killed_while_saving(tmp_path, straight, place):
             "optimizer": (trainer, "_save_optimizer_and_scheduler"),
             "generation": (checkpoints.Generation, "save"),
             "weights": (checkpoints, "save_file"),
-            "average": (trainer.ema, "save"),
+            "average": (checkpoints, "save_file"),
             "rename": (os, "replace"),
         }[place]
         original = getattr(owner, name)
 
         def killed(*args, **kwargs):
-            target = "trained_weights" in str(args[1]) if place == "weights" else True
+            target = {"weights": "trained_weights", "average": "ema_weights"}.get(place, "") in str(args[1:])
             if trainer.state.global_step == 3 and target:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
