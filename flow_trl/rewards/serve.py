@@ -17,7 +17,8 @@ class ImageReward:
 ```
 
 ```sh
-pip install image-reward clip-anytorch "transformers==4.45.2" starlette uvicorn pillow && pip install --no-deps flow-trl
+pip install image-reward clip-anytorch "transformers==4.45.2" "diffusers==0.31.0" "torch==2.5.1" "torchvision==0.20.1"
+pip install starlette uvicorn pillow && pip install --no-deps flow-trl
 FLOW_TRL_REWARD_TOKEN=... python -m flow_trl.rewards.serve my_rewards:ImageReward --host 0.0.0.0 --port 8000
 ```
 
