@@ -44,6 +44,7 @@ from flow_trl.loading import load_pipeline
 from flow_trl.metrics import summarize
 from flow_trl.prompts import evaluation_prompts
 from flow_trl.publishing import public_name
+from flow_trl.resuming import dataset_digest, sampled_digest
 from flow_trl.scoring import Scorer
 from flow_trl.utils import check_prompts, sample_generator
 
@@ -129,29 +130,30 @@ def load_data(arguments: Arguments) -> Dataset:
     return prompts.select(rows)
 
 
-def load_both(arguments: Arguments) -> DiffusionPipeline:
-    """The pipeline with the LoRA, which can be switched on and off."""
+def load_both(arguments: Arguments) -> tuple[DiffusionPipeline, dict[str, str]]:
+    """The pipeline with the LoRA, which can be switched on and off, and digests of both."""
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(arguments.base or str(tiny.FLOW_FOLDER), torch.float32, {"dtype": dtype}).to(device)
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"`base` is a {type(pipe).__name__}, which loads no LoRA.")
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    digests = {"base": sampled_digest(weight for part in parts for weight in part.parameters())}
     pipe.load_lora_weights(arguments.lora)
-    weights = [
-        weight for part in pipe.components.values() if isinstance(part, torch.nn.Module)
-        for name, weight in part.named_parameters() if ".lora_B." in name
-    ]  # fmt: skip
+    named = [pair for part in parts for pair in part.named_parameters() if ".lora_" in pair[0]]
+    weights = [weight for name, weight in named if ".lora_B." in name]
     if not any(weight.any() for weight in weights):
         found = f"{len(weights)} layers, all zero" if weights else "no layer"
         raise ValueError(f"`lora={arguments.lora!r}` changes nothing in {type(pipe).__name__}: it has {found} for it.")
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, digests | {"lora": sampled_digest(weight for _, weight in named)}
 
 
-def keep_settings(arguments: Arguments) -> None:
-    """Refuses a folder with images of other settings."""
-    others = ("metrics", "batch_size", "output_dir")
+def keep_settings(arguments: Arguments, digests: dict[str, str]) -> None:
+    """Refuses a folder with images of other settings, weights or prompts."""
+    others = ("metrics", "batch_size", "output_dir", *digests)
     settings = {name: value for name, value in asdict(arguments).items() if name not in others}
+    settings |= {f"digest of {name}": digest for name, digest in digests.items()}
     path = Path(arguments.output_dir, "settings.json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for name, value in settings.items():
@@ -209,8 +211,8 @@ def main(arguments: Arguments) -> None:
     names = ["flow_trl.tiny.scene", "flow_trl.tiny.scene_strict"] if is_tiny else ["geneval_strict", "pickscore"]
     data, scorer = load_data(arguments), Scorer(arguments.metrics or names)
     scorer.check("prompts", [name for name in data.column_names if name != "prompt"])
-    keep_settings(arguments)
-    pipe, columns = load_both(arguments), data.to_dict()
+    (pipe, digests), columns = load_both(arguments), data.to_dict()
+    keep_settings(arguments, digests | {"prompts": dataset_digest(data)})
     prompts, tags = columns.pop("prompt"), columns.get("tag", [])
     pipe.disable_lora()
     images = {"base": sample(pipe, prompts, "base", arguments)}
@@ -226,6 +228,11 @@ def main(arguments: Arguments) -> None:
         for tag, rows in subsets.items()
     }
     results = {name: result for name, result in results.items() if result}
+    for name in scorer.names:
+        if name not in results:
+            raise ValueError(
+                f"The metric `{name}` applies to none of the images: do the prompts have the columns that it needs?"
+            )
     found = [
         Result(name.split(" (")[0], name, result["lora"], result["lora_se"], result["base"], result["base_se"])
         for name, result in results.items()

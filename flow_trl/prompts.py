@@ -165,7 +165,7 @@ def load_prompts(name: str, eval_size: int = 1000) -> tuple[Dataset, Dataset]:
     (45, 8)
     ```
     """
-    return split_prompts(_load(name), eval_size)
+    return split_prompts(_load(name, "dataset_name"), eval_size)
 
 
 def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
@@ -191,18 +191,18 @@ def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
     200
     ```
     """
-    data = _load(name)
+    data = _load(name, "prompts")
     prompts = data["test" if "test" in data else "train"].shuffle(seed=0)
     return prompts.select(range(min(size, len(prompts))))
 
 
-def _load(name: str) -> dict[str, Dataset]:
-    """The splits of what a name stands for."""
+def _load(name: str, argument: str) -> dict[str, Dataset]:
+    """The splits of what a name stands for, which was given as `argument`."""
     suffix = Path(name).suffix
     if name in PROMPT_SETS:
         return {"train": PROMPT_SETS[name](False), "test": PROMPT_SETS[name](True)}
     if suffix in (".txt", ".json", ".jsonl") and not Path(name).is_file():
-        raise ValueError(f"`dataset_name={name!r}`: there is no such file.")
+        raise ValueError(f"`{argument}={name!r}`: there is no such file.")
     if suffix == ".txt":
         return load_dataset("text", data_files=name).rename_column("text", "prompt")
     if suffix in (".json", ".jsonl"):
@@ -211,7 +211,7 @@ def _load(name: str) -> dict[str, Dataset]:
         return load_dataset(name)
     except Exception as error:
         error.add_note(
-            f"`dataset_name={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
+            f"`{argument}={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
         )
         raise
 

@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard, metadata_update
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from flow_trl.prompts import evaluation_prompts
+from flow_trl.prompts import evaluation_prompts, load_prompts
 from flow_trl.tiny import DIFFUSION_FOLDER, load_diffusion_pipeline, load_flow_pipeline
 from tests.hub_server import Repo
 
@@ -104,6 +104,32 @@ def test_it_goes_on_with_the_images_that_are_there(flow_lora, tmp_path):
     assert kept.stat().st_mtime_ns == changed
     with pytest.raises(ValueError, match="`seed=1`, but the images in .* were made with 0"):
         compare(tmp_path, seed=1, **options)
+    other = tmp_path / "prompts.txt"
+    other.write_text("a photo of two circles\n")
+    with pytest.raises(ValueError, match="`digest of prompts=.*, but the images in"):
+        compare(tmp_path, prompts=str(other), **options)
+    # Trained on, in the same folder
+    weights = load_file(flow_lora / "pytorch_lora_weights.safetensors")
+    folder = tmp_path / flow_lora.name
+    for factor in (1.0, 2.0):
+        folder.mkdir(exist_ok=True)
+        save_file(
+            {name: factor * weight for name, weight in weights.items()}, folder / "pytorch_lora_weights.safetensors"
+        )
+        if factor == 1.0:
+            compare(tmp_path, **options | {"lora": str(folder)})
+    with pytest.raises(ValueError, match="`digest of lora=.*, but the images in"):
+        compare(tmp_path, **options | {"lora": str(folder)})
+
+
+def test_both_are_made_of_the_same_noise(flow_lora, tmp_path):
+    weights = load_file(flow_lora / "pytorch_lora_weights.safetensors")
+    save_file({name: 1e-6 * weight for name, weight in weights.items()}, tmp_path / "pytorch_lora_weights.safetensors")
+    metrics = ["flow_trl.rewards.jpeg.jpeg_compressibility"]
+    found = compare(tmp_path / "results", lora=str(tmp_path), metrics=metrics)["metrics"]["jpeg_compressibility"]
+    assert found["difference"] == 0 and found["base_se"] > 0
+    with pytest.raises(ValueError, match="The metric `ocr` applies to none of the images"):
+        compare(tmp_path / "results", lora=str(tmp_path), metrics=["ocr"])
 
 
 def test_images_to_which_a_metric_does_not_apply_are_left_out():
@@ -123,6 +149,8 @@ def test_all_rows_of_a_file_are_for_evaluation(tmp_path):
     assert set(evaluation_prompts(str(tmp_path / "prompts.txt"))["prompt"]) == {"one", "two", "three"}
     assert len(evaluation_prompts(str(tmp_path / "prompts.txt"), 2)) == 2
     assert set(evaluation_prompts("ocr", 3).column_names) == {"prompt", "text"}
+    trained, held_out = load_prompts("ocr")
+    assert set(evaluation_prompts("ocr")["prompt"]) == set(held_out["prompt"]) != set(trained["prompt"])
 
 
 def test_bad_input(flow_lora, tmp_path):

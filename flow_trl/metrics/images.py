@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import evaluate
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from . import check_samples, summarize
 
@@ -62,3 +62,10 @@ def mean_reward(
     check_samples(len(images), groups)
     scores = _load(reward, tuple(sorted(options.items())))(prompts=prompts, images=images)
     return summarize(name, scores, groups) | {"scores": scores}
+
+
+def draw_square(color: str) -> Image.Image:
+    """The picture of the metrics' test cases: a square of a colour on a light background, RGB, 32 x 32."""
+    image = Image.new("RGB", (32, 32), (245, 245, 245))
+    ImageDraw.Draw(image).rectangle((10, 10, 21, 21), fill=color)
+    return image

@@ -210,7 +210,7 @@ def train(
     model.train()
     progress = trange(steps, desc="language model")
     for step in progress:
-        batches = [_make_batch(tokenizer, rows, rows == 32, rng, is_reflected) for rows in (128, 32)]
+        batches = [_make_batch(tokenizer, *kind, rng, is_reflected) for kind in ((128, False), (32, True))]
         num_tokens = sum((labels != -100).sum() for _, labels in batches)
         total = 0.0
         for ids, labels in batches:

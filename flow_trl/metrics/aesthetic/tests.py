@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import flow_trl
+from flow_trl.tiny import CLIP_FOLDER
 
 
 # A head that finds all images alike.
@@ -19,7 +19,7 @@ save_file(_WEIGHTS, _HEAD)
 test_cases = [
     {
         "predictions": [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")],
-        "model": str(Path(flow_trl.__file__).with_name("tiny") / "clip"),
+        "model": str(CLIP_FOLDER),
         "head": str(_HEAD),
         "result": {"aesthetic": 5.5, "aesthetic_se": 0.0, "scores": [5.5, 5.5]},
     },

@@ -1,10 +1,4 @@
-from PIL import Image, ImageDraw
-
-
-def _square(color):
-    image = Image.new("RGB", (32, 32), (245, 245, 245))
-    ImageDraw.Draw(image).rectangle((10, 10, 21, 21), fill=color)
-    return image
+from flow_trl.metrics.images import draw_square
 
 
 test_cases = [
@@ -21,7 +15,7 @@ test_cases = [
         },
     },
     {
-        "predictions": [_square("red"), _square("blue")],
+        "predictions": [draw_square("red"), draw_square("blue")],
         "references": [{"tag": "colors", "include": [{"class": "square", "count": 1, "color": "red"}]}] * 2,
         "detector": "flow_trl.tiny.detector.detect_shapes",
         "result": {"colors": 0.5, "colors_se": 0.5, "overall": 0.5, "correct": [True, False]},

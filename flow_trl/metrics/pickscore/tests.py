@@ -1,21 +1,12 @@
-from pathlib import Path
-
-from PIL import Image, ImageDraw
-
-import flow_trl
-
-
-def _square(color):
-    image = Image.new("RGB", (32, 32), (245, 245, 245))
-    ImageDraw.Draw(image).rectangle((10, 10, 21, 21), fill=color)
-    return image
+from flow_trl.metrics.images import draw_square
+from flow_trl.tiny import CLIP_FOLDER
 
 
 test_cases = [
     {
-        "predictions": [_square("red"), _square("red")],
+        "predictions": [draw_square("red"), draw_square("red")],
         "references": ["a photo of a red square", "a photo of a blue circle"],
-        "model": str(Path(flow_trl.__file__).with_name("tiny") / "clip"),  # small, and of coloured shapes alone
+        "model": str(CLIP_FOLDER),  # small, and of coloured shapes alone
         "result": {"pickscore": 17.0684, "pickscore_se": 10.3691, "scores": [27.4375, 6.6993]},
     },
 ]
