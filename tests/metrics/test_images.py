@@ -1,5 +1,7 @@
 """Metrics of images, and of what is read in them or found in them."""
 
+from pathlib import Path
+
 import evaluate
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from flow_trl.rewards.clip import ClipScore
 from flow_trl.tiny import CLIP_FOLDER, load_clip, load_prompts, scene_reward
 from flow_trl.tiny.detector import detect_shapes
 from flow_trl.tiny.scenes import render_scene
+
+
+PICTURE = Path(__file__).parents[2] / "model_cards" / "tiny-scenes-control-variate" / "before_after.png"
 
 
 # CLIP
@@ -97,6 +102,8 @@ def test_the_stricter_rule_is_rapidfuzz_normalized_for_texts_of_one_length(ocr_a
         ({"references": ["a", " \n"]}, r"`references\[1\]` is ' \\n'"),
         ({"references": ["a"]}, "Mismatch"),
         ({"groups": [1, 2, 3]}, "`groups` has 3 entries, but there are 2"),
+        ({"predictions": ["a", None]}, r"`predictions\[1\]` is None"),
+        ({"predictions": ["a", str(PICTURE)]}, r"`predictions\[1\]` is .*, which is no reading: .* open images"),
     ],
 )
 def test_bad_input_of_ocr(kwargs, message):
@@ -158,6 +165,9 @@ def test_four_images_of_a_prompt_are_not_four_prompts(geneval):
         ({"predictions": [], "references": []}, "`predictions` is empty"),
         ({"references": ["overall", "a"]}, "must not be 'overall'"),
         ({"references": [{"tag": "colors"}] * 2}, r"`references\[0\]` is .*`tag` and `include`"),
+        ({"predictions": [1, 0.7]}, r"`predictions\[1\]` is 0.7: .* True or False"),  # a graded score
+        ({"predictions": ["no", "yes"]}, r"`predictions\[0\]` is 'no'"),
+        ({"predictions": [Image.new("RGB", (8, 8))] * 2}, "Pass images with GenEval's metadata"),
         ({"groups": [1]}, "`groups` has 1 entries, but there are 2"),
     ],
 )

@@ -4,6 +4,7 @@ import math
 
 import datasets
 import evaluate
+import numpy as np
 from PIL import Image
 
 from flow_trl.metrics import check_samples, images, summarize
@@ -39,7 +40,7 @@ Returns:
     - `correct` (`list[bool]`): whether each image is correct.
 
 Raises:
-    ValueError: if there are no predictions, if the inputs differ in length, if metadata has no `tag` or `include`, if a tag is
+    ValueError: if there are no predictions, if one is neither an image nor 0 or 1, if the inputs differ in length, if metadata has no `tag` or `include`, if a tag is
         called as another result, or if no detector can be loaded.
 
 Examples:
@@ -95,6 +96,13 @@ class GenEval(images.EitherFormat):
                         f"`references[{index}]` is {row}: an image needs GenEval's metadata, `tag` and `include`."
                     )
             references = [_whole(row) for row in references]
+        else:  # `datasets` would take any number or text but 0 as true
+            for index, value in enumerate(() if predictions is None else predictions):
+                if not (isinstance(value, bool | int | float | np.number | np.bool_) and value in (0, 1)):
+                    raise ValueError(
+                        f"`predictions[{index}]` is {value!r}: with tags as `references` it says whether the image is correct, "
+                        "True or False. Pass images with GenEval's metadata."
+                    )
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(self, predictions, references, detector=None, groups=None):

@@ -1,6 +1,7 @@
 """Whether images show the text that was asked for, as a module for `evaluate`."""
 
 from functools import cache
+from pathlib import Path
 
 import datasets
 import evaluate
@@ -37,7 +38,7 @@ Returns:
     - `readings` (`list[str]`): what was read.
 
 Raises:
-    ValueError: if there are no predictions, if the inputs differ in length, or if a target has no letters.
+    ValueError: if there are no predictions, if one is missing or names an image's file, if the inputs differ in length, or if a target has no letters.
     MissingExtraError: if the packages of the extra `ocr` are not installed.
 
 Examples:
@@ -81,6 +82,15 @@ class OCRAccuracy(images.EitherFormat):
                 raise ValueError(f"`references[{index}]` is {target!r}: leave out images that should show no text.")
         if isinstance(predictions[0], Image.Image):
             predictions = _reader().read(predictions)
+        for index, reading in enumerate(predictions):
+            if (
+                reading is None
+                or Path(reading).suffix.lower() in Image.registered_extensions()
+                and Path(reading).is_file()
+            ):
+                raise ValueError(
+                    f"`predictions[{index}]` is {reading!r}, which is no reading: pass what was read, or open images."
+                )
         pairs = list(zip(predictions, references, strict=True))
         near = [ocr_score(reading, target) for reading, target in pairs]
         scores = {
