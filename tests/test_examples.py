@@ -1,7 +1,7 @@
 import json
 import math
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,9 +16,19 @@ from flow_trl.tiny.edits import load_edits
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(script, *arguments):
-    command = [sys.executable, EXAMPLES / script, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script as `python` does, but in this process, where everything is imported; returns what it prints."""
+
+    def run_script(script, *arguments):
+        path = str(EXAMPLES / script)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [path, *arguments])
+            patch.syspath_prepend(Path(path).parent)
+            runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
 @pytest.mark.parametrize(
@@ -30,7 +40,7 @@ def run(script, *arguments):
         ("words", "control_variate"),
     ],
 )
-def test_tp_grpo(tmp_path, task, method):
+def test_tp_grpo(run, tmp_path, task, method):
     if task == "words":
         pytest.importorskip("rapidocr_onnxruntime")
     small = ["--max_steps", "2", "--eval_size", "10", "--generation_batch_size", "16", "--num_generations", "8"]
@@ -55,7 +65,7 @@ def test_tp_grpo(tmp_path, task, method):
     load_flow_pipeline().load_lora_weights(tmp_path)
 
 
-def test_tdpo_r_and_its_comparison(tmp_path):
+def test_tdpo_r_and_its_comparison(run, tmp_path):
     small = ["--eval_size", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "8"]
     small += ["--num_inference_steps", "2", "--eval_num_inference_steps", "2", "--max_steps", "4", "--eval_steps", "2"]
     small += ["--logging_steps", "1"]
@@ -87,7 +97,7 @@ def test_tdpo_r_and_its_comparison(tmp_path):
 
 
 @pytest.mark.slow
-def test_critic_inputs_benchmark():
+def test_critic_inputs_benchmark(run):
     output = run("benchmarks/critic_inputs.py", "--num_images", "4", "--num_inference_steps", "2", "--repeats", "1")
     rows = rows_of(output)
     assert rows["paper's order"][1] == "1.00" and float(rows["flow_trl"][1]) > 1
@@ -106,7 +116,7 @@ SMALL += ["--per_device_train_batch_size", "16", "--warmup_steps", "0", "--learn
 
 
 @pytest.mark.parametrize("method", ["blockwise", "dcpo", "rlcr"])
-def test_blockwise_grpo(tmp_path, method):
+def test_blockwise_grpo(run, tmp_path, method):
     output = run("blockwise_grpo.py", "--method", method, "--output_dir", str(tmp_path), *SMALL)
     rows = rows_of(output)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -138,7 +148,7 @@ def test_blockwise_grpo(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["group", pytest.param("grpo", marks=pytest.mark.slow)])
-def test_blockwise_two_attempts(tmp_path, method):
+def test_blockwise_two_attempts(run, tmp_path, method):
     rows = rows_of(run("blockwise_two_attempts.py", "--method", method, "--output_dir", str(tmp_path), *SMALL))
     results = json.loads((tmp_path / "results.json").read_text())
     assert (
@@ -160,8 +170,10 @@ def test_blockwise_two_attempts(tmp_path, method):
         ),
     ],
 )
-def test_help_lists_the_arguments_of_the_script_and_its_trainer(script, names):
-    output = run(script, "--help")
+def test_help_lists_the_arguments_of_the_script_and_its_trainer(run, capsys, script, names):
+    with pytest.raises(SystemExit, check=lambda ending: ending.code == 0):
+        run(script, "--help")
+    output = capsys.readouterr().out
     for name in names:
         assert name in output
     assert "--adam_beta1" not in output and "--help-all" in output
@@ -188,13 +200,13 @@ def test_quickstart_notebook(tmp_path):
 
 
 @pytest.mark.slow
-def test_blockwise_step_benchmark():
+def test_blockwise_step_benchmark(run):
     rows = rows_of(run("benchmarks/blockwise_step.py", "--num_completions", "16", "--steps", "2", "--turns", "1"))
     assert rows["GRPOTrainer"][1] == "1.000" and float(rows["BlockwiseGRPOTrainer"][1]) > 0
 
 
 @pytest.mark.slow
-def test_baseline_fidelity_benchmark(tmp_path):
+def test_baseline_fidelity_benchmark(run, tmp_path):
     arguments = ["--num_prompts", "4", "--num_generations", "4", "--num_continuations", "4"]
     rows = rows_of(run("benchmarks/baseline_fidelity.py", *arguments, "--output_dir", str(tmp_path)))
     assert {"outcome", "group", "batch", "none"} < set(rows)
@@ -203,7 +215,7 @@ def test_baseline_fidelity_benchmark(tmp_path):
 
 
 @pytest.mark.slow
-def test_rollout_benchmark():
+def test_rollout_benchmark(run):
     output = run("benchmarks/rollout.py", "--num_images", "4", "--num_generations", "2", "--repeats", "1")
     rows = {cells[1].strip(): cells[2:] for line in output.splitlines() if len(cells := line.split("|")) == 9}
     assert [float(rows[name][0]) for name in ("sequential", "wavefront", "wavefront, stride 2")] == [64, 55, 30]
@@ -214,7 +226,7 @@ def test_rollout_benchmark():
 
 
 @pytest.mark.slow
-def test_generation_memory_benchmark():
+def test_generation_memory_benchmark(run):
     output = run("benchmarks/generation_memory.py", "--sizes", "16")
     scored, seconds, peak, held, kept = map(float, rows_of(output)["16"])
     assert scored == 16 * 6 and seconds > 0 and peak > held > 0 and kept < 1
@@ -222,7 +234,9 @@ def test_generation_memory_benchmark():
     assert counted in (EXAMPLES / "benchmarks/generation_memory.py").read_text()
 
 
-def test_edit_grpo(tmp_path):
+def test_edit_grpo(run, monkeypatch, tmp_path):
+    few = {split: load_edits(split).select(range(16)) for split in ("train", "test")}
+    monkeypatch.setattr("flow_trl.tiny.edits.load_edits", few.get)
     small = ["--max_steps", "2", "--eval_steps", "2", "--generation_batch_size", "16", "--num_generations", "8"]
     small += ["--per_device_train_batch_size", "8", "--num_inference_steps", "3", "--eval_num_inference_steps", "1"]
     small += ["--logging_steps", "1"]
@@ -230,12 +244,12 @@ def test_edit_grpo(tmp_path):
     assert {"edit", "edit_strict"} <= rows.keys()
     grid = Image.open(tmp_path / "images" / "eval-000002.png")
     assert grid.size == (8 * 32, 4 * 32)  # 16 pairs of an input and its result
-    assert grid.crop((0, 0, 32, 32)).convert("RGB").tobytes() == load_edits("test")[0]["image"].tobytes()
+    assert grid.crop((0, 0, 32, 32)).convert("RGB").tobytes() == few["test"][0]["image"].tobytes()
     load_flow_pipeline().load_lora_weights(tmp_path)
 
 
 @pytest.mark.slow
-def test_chaos():
+def test_chaos(run):
     """Signals at random times in one and two processes; the short form of it is in `test_preemption.py`."""
     output = run("benchmarks/chaos.py", "--signals", "2", "--methods", "tp_grpo")
     rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| tp_grpo")]
