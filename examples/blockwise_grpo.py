@@ -21,6 +21,7 @@ setting):
         --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name problems.jsonl --use_vllm
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def sample(
             prompts,
             num_samples=arguments.eval_samples,
             max_new_tokens=trainer.args.max_completion_length,
+            temperature=trainer.args.temperature,
             batch_size=arguments.eval_batch_size,
             chat_template_kwargs=trainer.args.chat_template_kwargs,
         )
@@ -175,33 +177,38 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
     """Saves results, prints a table of the named measures, saves model and card, and pushes them if asked to."""
     if trainer.is_world_process_zero():
         save_results(results, trainer.args.output_dir)
-        print(f"\nHeld out\n\n|        |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
-        print(f"| ------ |{'|'.join(' -------------- ' for _ in measures)}|")
+        width = max(map(len, results))
+        print(f"\nHeld out\n\n| {'':{width}} |{'|'.join(f' {name:<14} ' for name in measures.values())}|")
+        print(f"| {'-' * width} |{'|'.join(' -------------- ' for _ in measures)}|")
         for when, result in results.items():
             cells = [
                 f"{result[key]:.3f}" + (f" ± {result[f'{key}_se']:.3f}" if f"{key}_se" in result else "")
                 for key in measures
             ]
-            print(f"| {when:<6} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
+            print(f"| {when:<{width}} |{'|'.join(f' {cell:<14} ' for cell in cells)}|")
     trainer.create_model_card(model_name=Path(trainer.args.output_dir).name)
     trainer.save_model()  # and push, with `--push_to_hub`
 
 
-def main() -> None:
-    arguments, args = parse(ScriptArguments, "blockwise_grpo", learning_rate=2.5e-4)
-    correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
-    task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
-    train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
-    scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
-    trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
+def train(
+    trainer: GRPOTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: dict[str, Dataset],
+    arguments: TaskArguments,
+    correct: Callable[[str | None, str], bool],
+) -> None:
+    """Trains between two evaluations on each held-out set, the last one named "", and prints what came of it."""
 
-    def evaluate() -> dict[str, Any]:
-        completions = sample(trainer, tokenizer, eval_dataset, arguments)
-        return score_confidence(completions, eval_dataset["answer"][:], correct=correct)
+    def evaluate(when: str) -> dict[str, dict[str, Any]]:
+        completions = {name: sample(trainer, tokenizer, problems, arguments) for name, problems in held_out.items()}
+        return {
+            f"{name} {when}".strip(): score_confidence(texts, held_out[name]["answer"][:], correct=correct)
+            for name, texts in completions.items()
+        }
 
-    results = {"before": evaluate()}
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    results["after"] = evaluate()
+    results = evaluate("before")
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    results |= evaluate("after")
 
     measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score"}
     finish(trainer, results, measures | {"format": "format", "unparsable": "no confidence"})
@@ -212,7 +219,18 @@ def main() -> None:
         chosen |= {name.replace("_", " "): name for name in ("majority", "highest_confidence", "weighted_majority")}
         for name, key in chosen.items():
             print(f"| {name:<27} | {results['after'][key]:.3f} ± {results['after'][f'{key}_se']:.3f} |")
-        print(f"\nIn {args.output_dir}: reliability_diagram.png, results.json, the model and its card (README.md)")
+        saved = "the model" if arguments.peft_config is None else "the LoRA"
+        print(f"\nIn {trainer.args.output_dir}: reliability_diagram.png, results.json, {saved} and its card (README.md)")
+
+
+def main() -> None:
+    arguments, args = parse(ScriptArguments, "blockwise_grpo", learning_rate=3e-4, max_steps=300)
+    correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
+    task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
+    train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
+    scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
+    trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
+    train(trainer, tokenizer, {"": eval_dataset}, arguments, correct)
 
 
 if __name__ == "__main__":

