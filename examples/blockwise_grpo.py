@@ -220,7 +220,9 @@ def train(
         for name, key in chosen.items():
             print(f"| {name:<27} | {results['after'][key]:.3f} ± {results['after'][f'{key}_se']:.3f} |")
         saved = "the model" if arguments.peft_config is None else "the LoRA"
-        print(f"\nIn {trainer.args.output_dir}: reliability_diagram.png, results.json, {saved} and its card (README.md)")
+        print(
+            f"\nIn {trainer.args.output_dir}: reliability_diagram.png, results.json, {saved} and its card (README.md)"
+        )
 
 
 def main() -> None:

@@ -95,6 +95,8 @@ class Preemption(TrainerCallback):
             if self.interrupts and (self._signal is not None or self.is_due):
                 raise Preempted(self.exit_code)
             yield
+            if self.interrupts and self._signal is not None:  # the exception was lost, as in a destructor
+                raise Preempted(self.exit_code)
         finally:
             self._is_interruptible = False
 

@@ -56,13 +56,24 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def call_after(owner, name, number, is_time):
+class SentAtItsEnd:
+    """Sends a signal from its destructor, where Python drops exceptions."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        send(self.number)
+
+
+def call_after(owner, name, number, is_time, send=send):
     """Sends a signal before a method is called, at a time."""
     original, sent = getattr(owner, name), []
 
     def called(*args, **kwargs):
         if not sent and is_time(*args):
-            sent.append(send(number))
+            sent.append(number)
+            send(number)
         return original(*args, **kwargs)
 
     setattr(owner, name, called)
@@ -72,6 +83,7 @@ def told(trainer, place, number):
     """Makes a trainer get a signal at some place."""
     step = trainer._updates_per_generation  # the first of the second generation
     at = {
+        "destructor": ("_sample", lambda update, chunk, *rest: update == step and chunk.first == 6),
         "sampling": ("_sample", lambda update, chunk, *rest: update == step and chunk.first == 6),
         "credit": ("_advantages", lambda *args: trainer.state.global_step == step),
         "updating": ("compute_loss", lambda *args: trainer.state.global_step == step + 1),
@@ -79,7 +91,8 @@ def told(trainer, place, number):
         "first_sampling": ("_sample", lambda update, chunk, *rest: chunk.first == 6),
     }
     if place in at:
-        call_after(trainer, at[place][0], number, at[place][1])
+        name, is_time = at[place]
+        call_after(trainer, name, number, is_time, SentAtItsEnd if place == "destructor" else send)
         return
     score = trainer.scorer.funcs[0]
     calls = []
@@ -96,6 +109,13 @@ def told(trainer, place, number):
 
 CASES = [
     ("tp", "sampling", TERM, 2),
+    pytest.param(
+        "tp",
+        "destructor",
+        TERM,
+        2,
+        marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    ),
     ("tp", "scoring", INT, 2),
     ("tp", "credit", TERM, 3),
     ("tp", "updating", INT, 4),
@@ -107,7 +127,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("method, place, number, step", CASES, ids=["-".join(case[:2]) for case in CASES])
+@pytest.mark.parametrize("method, place, number, step", CASES)
 def test_ended_and_resumed(tmp_path, straight, caplog, method, place, number, step):
     saves = {"save_strategy": "steps", "save_steps": 1} if place == "saving" else {}
     config = RUNS[method] | EVALUATING | saves | {"enable_jit_checkpoint": place == "updating"}
