@@ -190,24 +190,33 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
     trainer.save_model()  # and push, with `--push_to_hub`
 
 
+def make_task(arguments: ScriptArguments, correct: Callable[[str | None, str], bool]) -> Task:
+    """The task, with the score of the confidence that the method has."""
+    return confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
+
+
 def train(
-    trainer: GRPOTrainer,
-    tokenizer: PreTrainedTokenizerBase,
+    arguments: ScriptArguments,
+    args: BlockwiseGRPOConfig,
+    task: Task,
+    train_dataset: Dataset,
     held_out: dict[str, Dataset],
-    arguments: TaskArguments,
     correct: Callable[[str | None, str], bool],
 ) -> None:
     """Trains between two evaluations on each held-out set, the last one named "", and prints what came of it."""
+    scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
+    trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
 
     def evaluate(when: str) -> dict[str, dict[str, Any]]:
-        completions = {name: sample(trainer, tokenizer, problems, arguments) for name, problems in held_out.items()}
         return {
-            f"{name} {when}".strip(): score_confidence(texts, held_out[name]["answer"][:], correct=correct)
-            for name, texts in completions.items()
+            f"{name} {when}".strip(): score_confidence(
+                sample(trainer, tokenizer, problems, arguments), problems["answer"][:], correct=correct
+            )
+            for name, problems in held_out.items()
         }
 
     results = evaluate("before")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results |= evaluate("after")
 
     measures = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "brier": "Brier score"}
@@ -220,19 +229,15 @@ def train(
         for name, key in chosen.items():
             print(f"| {name:<27} | {results['after'][key]:.3f} ± {results['after'][f'{key}_se']:.3f} |")
         saved = "the model" if arguments.peft_config is None else "the LoRA"
-        print(
-            f"\nIn {trainer.args.output_dir}: reliability_diagram.png, results.json, {saved} and its card (README.md)"
-        )
+        print(f"\nIn {args.output_dir}: reliability_diagram.png, results.json, {saved} and its card (README.md)")
 
 
 def main() -> None:
     arguments, args = parse(ScriptArguments, "blockwise_grpo", learning_rate=3e-4, max_steps=300)
     correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
-    task = confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
+    task = make_task(arguments, correct)
     train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")
-    scalar = task.scalar_reward_funcs if arguments.method == "rlcr" else task.blocks[0].reward_funcs
-    trainer, tokenizer = make_trainer(arguments, args, task, scalar, train_dataset)
-    train(trainer, tokenizer, {"": eval_dataset}, arguments, correct)
+    train(arguments, args, task, train_dataset, {"": eval_dataset}, correct)
 
 
 if __name__ == "__main__":

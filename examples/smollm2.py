@@ -25,13 +25,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from blockwise_grpo import TaskArguments, make_trainer, train
+from blockwise_grpo import ScriptArguments as BlockwiseArguments
+from blockwise_grpo import make_task, train
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flow_trl import BlockwiseGRPOConfig
-from flow_trl.cli import Parser
-from flow_trl.tasks import CORRECT, Task, confidence_task
+from flow_trl.cli import Parser, load_problems
+from flow_trl.tasks import CORRECT
 
 
 SYSTEM_PROMPT = "Solve the problem, then say how likely your answer is right, from 0 to 1."
@@ -75,9 +76,9 @@ CPU = {
 
 
 @dataclass
-class ScriptArguments(TaskArguments):
+class ScriptArguments(BlockwiseArguments):
     """
-    Arguments of this script, beside those of [`BlockwiseGRPOConfig`] and `TaskArguments`.
+    Arguments of this script, beside those of [`BlockwiseGRPOConfig`] and `blockwise_grpo.py`.
 
     Args:
         real_problems (`str`, *optional*):
@@ -105,8 +106,8 @@ def unpack(folder: str | Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def make_problems() -> dict[str, Dataset]:
-    """Word problems of one or two steps, by split; none is in both."""
+def make_problems() -> tuple[Dataset, Dataset]:
+    """Word problems of one or two steps for training, and others that are held out."""
     rows = [
         {"problem": text.format(a=a, b=b), "answer": str(solve(a, b))}
         for text, solve in TEMPLATES
@@ -114,12 +115,12 @@ def make_problems() -> dict[str, Dataset]:
         for b in range(2, 10)
     ]
     random.Random(0).shuffle(rows)
-    return {"train": Dataset.from_list(rows[:-64]), "test": Dataset.from_list(rows[-64:])}
+    return Dataset.from_list(rows[:-64]), Dataset.from_list(rows[-64:])
 
 
-def prepare(task: Task, problems: Dataset) -> Dataset:
-    """Prompts in which the examples come before the problem."""
-    return task.prepare(problems).map(lambda row: {"prompt": [row["prompt"][0], *EXAMPLES, row["prompt"][1]]})
+def with_examples(dataset: Dataset) -> Dataset:
+    """Puts the examples before each problem."""
+    return dataset.map(lambda row: {"prompt": [row["prompt"][0], *EXAMPLES, row["prompt"][1]]})
 
 
 def main() -> None:
@@ -128,18 +129,20 @@ def main() -> None:
     arguments, args = parser.parse_args_and_config()
     if not (Path(arguments.model_name_or_path) / "tokenizer.json").exists():  # the tokenizer is saved last
         unpack(arguments.model_name_or_path)
-    task = replace(confidence_task(), system_prompt=SYSTEM_PROMPT)
-    problems = make_problems()
-    held_out = {"": problems["test"]}
+    correct = CORRECT["math"]
+    task = replace(make_task(arguments, correct), system_prompt=SYSTEM_PROMPT)
+    if arguments.dataset_name is None:
+        train_dataset, eval_dataset = map(task.prepare, make_problems())
+    else:
+        train_dataset, eval_dataset = load_problems(arguments, task)
+    held_out = {"": eval_dataset}
     if arguments.real_problems is not None:
         real = load_dataset("json", data_files=arguments.real_problems, split="train")
-        held_out = {"real": real.shuffle(seed=0)} | held_out
+        held_out = {"real": task.prepare(real.shuffle(seed=0))} | held_out
     held_out = {
-        name: prepare(task, rows.select(range(min(arguments.eval_size, len(rows))))) for name, rows in held_out.items()
+        name: with_examples(rows.select(range(min(arguments.eval_size, len(rows))))) for name, rows in held_out.items()
     }
-    scalar = task.scalar_reward_funcs
-    trainer, tokenizer = make_trainer(arguments, args, task, scalar, prepare(task, problems["train"]))
-    train(trainer, tokenizer, held_out, arguments, CORRECT["math"])
+    train(arguments, args, task, with_examples(train_dataset), held_out, correct)
 
 
 if __name__ == "__main__":
