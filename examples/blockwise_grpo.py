@@ -70,15 +70,15 @@ class ScriptArguments(TaskArguments):
     """
     Arguments of this script, beside those of [`BlockwiseGRPOConfig`] and `TaskArguments`.
 
-    `--method rlcr` trains correctness and the score of the confidence together (with `"brier"` that is
-    [RLCR](https://huggingface.co/papers/2507.16806)), `--method grpo` correctness alone.
+    `--method rlcr` trains correctness and the score of the confidence together, `--method grpo` correctness alone.
 
     Args:
-        score (`str`, *optional*, defaults to `"brier"`):
-            Score of a confidence, `"brier"` or `"bce"`.
+        score (`str`, *optional*):
+            Score of a confidence, `"bce"` or `"brier"`. By default the method's own, which for `--method rlcr` is `"brier"`
+            ([RLCR](https://huggingface.co/papers/2507.16806)), and `"bce"` where it has none.
     """
 
-    score: str = field(default="brier", metadata={"help": "Score of a confidence.", "choices": ["brier", "bce"]})
+    score: str | None = field(default=None, metadata={"help": "Score of a confidence.", "choices": ["bce", "brier"]})
 
 
 # What suits the tiny world on two CPU cores, where it differs from the paper's setting.
@@ -192,7 +192,8 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
 
 def make_task(arguments: ScriptArguments, correct: Callable[[str | None, str], bool]) -> Task:
     """The task, with the score of the confidence that the method has."""
-    return confidence_task(score="dcpo" if arguments.method == "dcpo" else arguments.score, correct=correct)
+    own = {"dcpo": "dcpo", "rlcr": "brier"}.get(arguments.method, "bce")
+    return confidence_task(score=arguments.score or own, correct=correct)
 
 
 def train(
@@ -233,7 +234,8 @@ def train(
 
 
 def main() -> None:
-    arguments, args = parse(ScriptArguments, "blockwise_grpo", learning_rate=3e-4, max_steps=300)
+    tiny_defaults = {"per_device_train_batch_size": 192, "num_generations": 8, "max_steps": 240, "learning_rate": 3e-4}
+    arguments, args = parse(ScriptArguments, "blockwise_grpo", **tiny_defaults)
     correct = CORRECT["exact" if arguments.model_name_or_path is None else "math"]
     task = make_task(arguments, correct)
     train_dataset, eval_dataset = load_problems(arguments, task, "arithmetic")

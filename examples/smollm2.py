@@ -55,6 +55,7 @@ TEMPLATES = [
 CPU = {
     "output_dir": "outputs/smollm2",
     "model_name_or_path": "outputs/smollm2/base",
+    "score": "brier",
     "lora_rank": 16,
     "eval_size": 48,
     "eval_samples": 2,

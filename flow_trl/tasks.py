@@ -180,7 +180,7 @@ class Task:
 
 def confidence_task(
     *,
-    score: Literal["brier", "bce", "dcpo"] = "brier",
+    score: Literal["bce", "brier", "dcpo"] = "bce",
     correct: Literal["math", "math_strict", "exact"] | Callable[[str | None, str], bool] = "math",
     format_weight: float = 0.0,
     strict: bool = False,
@@ -190,12 +190,12 @@ def confidence_task(
     Estimation](https://huggingface.co/papers/2602.10231)).
 
     The block `solution` (`<reasoning>`, `<answer>`) is rewarded for being correct, the block `confidence` (`<analysis>`,
-    `<confidence>`) by a proper scoring rule; its outcome is whether the solution is correct. The scalar baseline is
-    [`~rewards.text.rlcr_reward`], or, for other scores, the sum of correctness and score.
+    `<confidence>`) by a proper scoring rule; its outcome is whether the solution is correct. The scalar baseline is the
+    sum of correctness and score, which for `"brier"` is [`~rewards.text.rlcr_reward`].
 
     Args:
-        score (`str`, *optional*, defaults to `"brier"`):
-            Score of the confidence: `"brier"` ([`~rewards.text.brier_reward`]), `"bce"` ([`~rewards.text.bce_reward`]) or
+        score (`str`, *optional*, defaults to `"bce"`):
+            Score of the confidence: `"bce"` ([`~rewards.text.bce_reward`]), `"brier"` ([`~rewards.text.brier_reward`]) or
             `"dcpo"` ([`~rewards.text.dcpo_reward`]; [DCPO](https://huggingface.co/papers/2603.09117) with
             `BlockwiseGRPOConfig(baseline="group", scale_rewards="group")`).
         correct (`str` or `Callable`, *optional*, defaults to `"math"`):
@@ -220,7 +220,7 @@ def confidence_task(
     Example:
 
     ```python
-    >>> [block.name for block in confidence_task(score="bce").blocks]
+    >>> [block.name for block in confidence_task().blocks]
     ['solution', 'confidence']
     ```
     """

@@ -139,7 +139,7 @@ def test_blockwise_grpo(run, tmp_path, method):
         assert f"| accuracy | {results['before']['accuracy']:.4f} ± " in card.text and "## Task" in card.text
         assert f"{sum(after['bins']['count'])} of 32 completions had a confidence" in card.text
         assert "![Reliability diagram](reliability_diagram.png)" in card.text
-        assert "| confidence | `<analysis>`, `<confidence>` | brier_reward (1) | correctness_reward |" in card.text
+        assert "| confidence | `<analysis>`, `<confidence>` | bce_reward (1) | correctness_reward |" in card.text
         measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
         assert (

@@ -1,3 +1,4 @@
+import math
 import pickle
 import re
 from functools import partial
@@ -22,7 +23,7 @@ from flow_trl.tasks import Task, confidence_task, two_attempt_task
 
 CONFIDENT = "<reasoning>2 + 2</reasoning><answer>{}</answer>\n<analysis>Sure.</analysis><confidence>{}</confidence>"
 TWICE = "<first_attempt><answer>{}</answer></first_attempt>\n<second_attempt><answer>{}</answer></second_attempt>"
-TASKS = [confidence_task, partial(confidence_task, score="bce"), two_attempt_task]
+TASKS = [confidence_task, partial(confidence_task, score="brier"), two_attempt_task]
 
 
 def score(funcs, weights, completions, **columns):
@@ -62,7 +63,7 @@ def test_confidence_task():
     assert (solution.name, solution.tags) == ("solution", ("reasoning", "answer"))
     assert (confidence.name, confidence.tags) == ("confidence", ("analysis", "confidence"))
     assert [get_callable_name(func) for func in solution.reward_funcs] == ["correctness_reward"]
-    assert [get_callable_name(func) for func in confidence.reward_funcs] == ["brier_reward"]
+    assert [get_callable_name(func) for func in confidence.reward_funcs] == ["bce_reward"]
     assert get_callable_name(confidence.outcome) == "correctness_reward"
 
 
@@ -122,8 +123,10 @@ def test_strict(task):
         assert func.keywords == {"correct": math_correct_strict, "strict": True}
     completions = [CONFIDENT.format("5</answer> no <answer>4.", "60%"), CONFIDENT.format("4", 0.6)]
     if task is confidence_task:
-        assert loose.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx([-0.16, -0.16])
-        assert strict.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx([-1, -0.16])
+        assert loose.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx([math.log(0.6)] * 2)
+        assert strict.blocks[1].reward_funcs[0](completions, answer=["4", "4"]) == pytest.approx(
+            [math.log(0.01), math.log(0.6)]
+        )
 
 
 @pytest.mark.parametrize("task", TASKS)
