@@ -521,23 +521,12 @@ def bce_reward(
     Estimation](https://huggingface.co/papers/2602.10231)). Its expectation is highest where q is the probability of being
     correct.
 
+    The arguments that are not listed are those of [`~rewards.text.brier_reward`].
+
     Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first answer and confidence count, and only a plain number is a confidence.
         eps (`float`, *optional*, defaults to `0.01`):
             Confidences are clipped to [eps, 1 - eps], in (0, 0.5). The default is the step of a confidence with two
             decimals: only 0 and 1 change, and the lowest reward is -4.6.
-        log_metric (`Callable`, *optional*):
-            Passed by the trainer. The share of completions without a readable confidence
-            ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
-        kwargs:
-            Not used.
 
     Returns:
         `list[float]`: rewards in [log eps, log(1 - eps)]; log eps, the lowest, without a readable confidence.
@@ -583,24 +572,13 @@ def dcpo_reward(
 
     with c = 1 if the answer is correct and 0 if not, and \\( \bar c \\) its mean over the completions of the same prompt.
 
+    The arguments that are not listed are those of [`~rewards.text.brier_reward`].
+
     Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
         prompts (`list`):
             The prompt of each completion; those that are equal are a group.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first answer and confidence count, and only a plain number is a confidence.
         group_weight (`float`, *optional*, defaults to `0.5`):
             The weight \\( \lambda \\) of the group, in [0, 1].
-        log_metric (`Callable`, *optional*):
-            Passed by the trainer. The share of completions without a readable confidence
-            ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
-        kwargs:
-            Not used.
 
     Returns:
         `list[float]`: rewards in [-1, 0]; -1, the lowest, without a readable confidence.
@@ -648,20 +626,7 @@ def rlcr_reward(
     with c = 1 if the answer is correct and 0 if not. It is the sum of [`~rewards.text.correctness_reward`] and
     [`~rewards.text.brier_reward`].
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first answer and confidence count, and only a plain number is a confidence.
-        log_metric (`Callable`, *optional*):
-            Passed by the trainer. The share of completions without a readable confidence
-            ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
-        kwargs:
-            Not used.
+    The arguments are those of [`~rewards.text.brier_reward`].
 
     Returns:
         `list[float]`: rewards in [0, 1] for correct answers and in [-1, 0] for others; the lowest of those, c - 1,
