@@ -1,5 +1,6 @@
 """Tasks for [`BlockwiseGRPOTrainer`]: the instruction, the blocks, and the same rewards for plain GRPO."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +53,8 @@ CORRECT: dict[str, Callable[[str | None, str], bool]] = {
     "math": math_correct,
     "math_strict": math_correct_strict,
 }
-SCORES = {"bce": bce_reward, "brier": brier_reward, "dcpo": dcpo_reward}
+# With the lowest reward, which is that of a confidence that cannot be read, or is missing.
+SCORES = {"bce": (bce_reward, math.log(0.01)), "brier": (brier_reward, -1.0), "dcpo": (dcpo_reward, -1.0)}
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def confidence_task(
     if score not in SCORES:
         raise ValueError(f"`score={score!r}`: it must be {' or '.join(map(repr, SCORES))}.")
     reading = _reading(correct, strict)
-    correctness, scoring = partial(correctness_reward, **reading), partial(SCORES[score], **reading)
+    func, lowest = SCORES[score]
+    correctness, scoring = partial(correctness_reward, **reading), partial(func, **reading)
     solution, solution_weights = _with_format([correctness], confidence_format_reward, format_weight)
     scalar = [partial(rlcr_reward, **reading)] if score == "brier" else [correctness, scoring]
     scalar, scalar_weights = _with_format(scalar, confidence_format_reward, format_weight)
@@ -246,6 +249,7 @@ def confidence_task(
                 scoring,
                 tags=("analysis", "confidence"),
                 outcome=correctness,
+                missing_reward=lowest,
                 occurrence=_occurrence(strict),
             ),
         ],

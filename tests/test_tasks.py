@@ -74,6 +74,9 @@ def test_confidence_task_rewards(name, confidence):
     assert score(task.blocks[0].reward_funcs, [1], completions, **columns) == [1, 0]
     assert score(task.blocks[1].reward_funcs, [1], completions, **columns) == pytest.approx(confidence)
     assert task.blocks[1].outcome(completions=completions, **columns) == [1, 0]
+    # A confidence that is missing is worth no more than one that cannot be read, or is as wrong as can be.
+    worst = score(task.blocks[1].reward_funcs, [1], [CONFIDENT.format("4", "?"), CONFIDENT.format("5", 1)], **columns)
+    assert worst == pytest.approx([task.blocks[1].missing_reward] * 2)
     # The baseline scores the whole completion by the sum over the blocks.
     scalar = score(task.scalar_reward_funcs, task.scalar_reward_weights, completions, **columns)
     assert scalar == pytest.approx([1 + confidence[0], confidence[1]])
