@@ -87,9 +87,10 @@ def test_blocks_of_the_real_tokenizer(folder, parts):
 
 def test_training(script, folder, tmp_path, monkeypatch, capsys):
     command_line = ["--model_name_or_path", folder, "--output_dir", tmp_path, "--max_steps", "2", "--eval_size", "4"]
+    command_line += ["--save_strategy", "steps", "--save_steps", "2"]
     if GSM8K.exists():
         command_line += ["--real_problems", GSM8K]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *command_line, "--save_strategy", "steps", "--save_steps", "2"])
+    monkeypatch.setattr(sys, "argv", [str(part) for part in [SCRIPT, *command_line]])
     script.main()
 
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
