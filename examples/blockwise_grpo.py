@@ -190,9 +190,11 @@ def finish(trainer: GRPOTrainer, results: dict[str, dict[str, Any]], measures: d
     trainer.save_model()  # and push, with `--push_to_hub`
 
 
-def make_task(arguments: ScriptArguments, correct: Callable[[str | None, str], bool]) -> Task:
-    """The task, with the score of the confidence that the method has."""
-    own = {"dcpo": "dcpo", "rlcr": "brier"}.get(arguments.method, "bce")
+def make_task(arguments: ScriptArguments, correct: Callable[[str | None, str], bool], score: str = "bce") -> Task:
+    """The task; `score` is that of the confidence where neither the command line nor the method says which."""
+    if arguments.method == "dcpo" and arguments.score is not None:
+        raise ValueError(f"`--score {arguments.score}`: `--method dcpo` has a score of its own, leave it out.")
+    own = {"dcpo": "dcpo", "rlcr": "brier"}.get(arguments.method, score)
     return confidence_task(score=arguments.score or own, correct=correct)
 
 

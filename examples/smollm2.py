@@ -55,7 +55,6 @@ TEMPLATES = [
 CPU = {
     "output_dir": "outputs/smollm2",
     "model_name_or_path": "outputs/smollm2/base",
-    "score": "brier",
     "lora_rank": 16,
     "eval_size": 48,
     "eval_samples": 2,
@@ -131,7 +130,7 @@ def main() -> None:
     if not (Path(arguments.model_name_or_path) / "tokenizer.json").exists():  # the tokenizer is saved last
         unpack(arguments.model_name_or_path)
     correct = CORRECT["math"]
-    task = replace(make_task(arguments, correct), system_prompt=SYSTEM_PROMPT)
+    task = replace(make_task(arguments, correct, score="brier"), system_prompt=SYSTEM_PROMPT)
     if arguments.dataset_name is None:
         train_dataset, eval_dataset = map(task.prepare, make_problems())
     else:

@@ -60,7 +60,8 @@ class Block:
         weight (`float`, *optional*, defaults to `1.0`):
             Weight w of the block in the loss.
         missing_reward (`float`, *optional*, defaults to `-1.0`):
-            What a completion without the block counts (a later block).
+            What a completion without the block counts (a later block): the lowest that its reward functions give, lest
+            a block that is missing be worth more than a bad one.
 
     Raises:
         ValueError: if a field does not fit; the message names it and what would work.

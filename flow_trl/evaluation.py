@@ -523,7 +523,7 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
         width = 0.09 / len(curves)
         lower.bar(bins["lower"] + 0.005 + i * width, bins["count"], width, align="edge")
     upper.set(ylabel="accuracy", xlim=(-0.01, 1.11), ylim=(-0.02, 1.02))
-    upper.legend(loc="best")
+    upper.legend()
     lower.set(ylabel="samples", xlabel="confidence", xticks=np.arange(11) / 10)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)

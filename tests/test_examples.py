@@ -134,17 +134,25 @@ def test_blockwise_grpo(run, tmp_path, method):
     load_language_model(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert ("2602.10231" in card.text) == (method != "rlcr")
+    if method != "rlcr":
+        name = {"blockwise": "bce_reward", "dcpo": "dcpo_reward"}[method]
+        assert f"| confidence | `<analysis>`, `<confidence>` | {name} (1) |" in card.text
     if method == "blockwise":
         after = results["after"]
+        assert "| bce_reward (1) | correctness_reward |" in card.text
         assert f"| accuracy | {results['before']['accuracy']:.4f} ± " in card.text and "## Task" in card.text
         assert f"{sum(after['bins']['count'])} of 32 completions had a confidence" in card.text
         assert "![Reliability diagram](reliability_diagram.png)" in card.text
-        assert "| confidence | `<analysis>`, `<confidence>` | bce_reward (1) | correctness_reward |" in card.text
         measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert measured["ece"] == after["ece"] and {"accuracy", "brier"} <= measured.keys()
         assert (
             not {"num_completions", "num_confidences"} & measured.keys() and "| charge_missing | True |" in card.text
         )
+
+
+def test_a_method_with_a_score_of_its_own_takes_no_other(run, tmp_path):
+    with pytest.raises(ValueError, match="`--score brier`: `--method dcpo` has a score of its own"):
+        run("blockwise_grpo.py", "--method", "dcpo", "--score", "brier", "--output_dir", str(tmp_path), *SMALL)
 
 
 @pytest.mark.parametrize("method", ["group", pytest.param("grpo", marks=pytest.mark.slow)])

@@ -18,7 +18,6 @@ import os
 import statistics
 import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from transformers import HfArgumentParser
@@ -26,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from flow_trl import BlockwiseGRPOConfig, BlockwiseGRPOTrainer, tiny
 from flow_trl.evaluation import sample_completions
-from flow_trl.rewards.text import brier_reward, correctness_reward, exact_match
+from flow_trl.rewards.text import exact_match
 from flow_trl.tasks import confidence_task
 
 
@@ -97,12 +96,11 @@ def main() -> None:
             "rollout_func": rollout,
         }
         policy, _ = tiny.load_language_model()
+        task = confidence_task(correct=exact_match)
         if method == "blockwise":
-            task = confidence_task(correct=exact_match)
             trainer = BlockwiseGRPOTrainer(policy, task.blocks, BlockwiseGRPOConfig(folder, **settings), **shared)
         else:
-            rewards = [partial(reward, correct=exact_match) for reward in (correctness_reward, brier_reward)]
-            trainer = GRPOTrainer(policy, rewards, GRPOConfig(folder, **settings), **shared)
+            trainer = GRPOTrainer(policy, task.scalar_reward_funcs, GRPOConfig(folder, **settings), **shared)
         trainer.train()
         return [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry][1:]
 
