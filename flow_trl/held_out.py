@@ -132,13 +132,26 @@ def _completions_folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir) / "completions"
 
 
+_COMPLETIONS_CARD = """---
+tags: [flow-trl, trl-logs, completions]
+---
+
+# Completions of a training with flow_trl
+
+One table per generation: `step`, `prompt`, the scores of each reward function, `advantage`, and what the reward functions logged.
+"""
+
+
 def upload_completions(args: TrainingArguments) -> CommitScheduler | None:
-    """Starts to upload the tables of completions of a run, if `args` say so; raises if that cannot work."""
-    repo = args.log_completions_hub_repo
+    """Starts to upload the tables of completions of a run, and a card, if `args` say so; raises if that cannot work."""
+    repo, folder = args.log_completions_hub_repo, _completions_folder(args)
     if repo is None or not args.should_log:
         return None
-    options = {"private": args.hub_private_repo, "token": args.hub_token, "allow_patterns": "*.parquet", "every": 2}
-    return CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=_completions_folder(args), **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(_COMPLETIONS_CARD, encoding="utf-8")
+    options = {"private": args.hub_private_repo, "token": args.hub_token, "every": 2}
+    patterns = ["*.parquet", "README.md"]
+    return CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=folder, allow_patterns=patterns, **options)
 
 
 def _shown(given: Any, result: Image.Image | list[Image.Image]) -> Image.Image | list[Image.Image]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitInfo, HfApi, ModelCard, run_as_future
+from huggingface_hub import CommitInfo, CommitScheduler, HfApi, ModelCard, run_as_future
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
@@ -244,6 +244,14 @@ class Publishing:
 
     _push_failure: str | None = None
     _make_card: Callable[..., ModelCard]
+    commit_scheduler: CommitScheduler | None = None
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.commit_scheduler is not None:  # which would upload the last tables when Python can no longer do so
+                wait([self.commit_scheduler.trigger()], timeout=SECONDS_TO_CREATE)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "preupload":
             files = json.loads(body)["files"]
             mode = {True: "lfs", False: "regular"}
-            binary = (".safetensors", ".png", ".gif", ".pt", ".pth", ".bin")
+            binary = (".safetensors", ".parquet", ".png", ".gif", ".pt", ".pth", ".bin")
             files = [
                 {**file, "uploadMode": mode[file["path"].endswith(binary)], "shouldIgnore": False} for file in files
             ]

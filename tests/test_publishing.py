@@ -155,6 +155,18 @@ def test_pushing_a_language_model_while_training(tmp_path, hub):
     assert "last-checkpoint/trainer_state.json" in files and "trainer_state.json" not in files
 
 
+@pytest.mark.parametrize("make_trainer", [runs.make_trainer, text_runs.make_trainer])
+def test_tables_of_completions_are_all_uploaded_when_training_ends(tmp_path, hub, make_trainer):
+    options = {"log_completions": True, "log_completions_hub_repo": "me/logs", "logging_steps": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path / "run", **options)
+    trainer.train()
+    trainer.commit_scheduler.stop()
+    tables = {path.name: path.read_bytes() for path in (tmp_path / "run" / "completions").glob("*.parquet")}
+    uploaded = hub.repos["datasets/me/logs"].files
+    assert tables and tables == {name: uploaded[name] for name in tables}
+    assert "completions" in ModelCard(uploaded["README.md"].decode()).data.tags
+
+
 def test_only_what_users_need_goes_up(tmp_path, hub):
     base = tmp_path / "secret-folder" / "sd3"
     pipelines.stable_diffusion_3(t5=False).save_pretrained(base)

@@ -152,7 +152,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.console, self._uploads = use_console(self), upload_completions(args)
+        self.console, self.commit_scheduler = use_console(self), upload_completions(args)
         self._check_engine()
         processes = self.accelerator.num_processes
         images = args.per_device_train_batch_size * processes * args.updates_per_generation
