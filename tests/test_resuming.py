@@ -74,6 +74,12 @@ def test_what_is_kept_has_no_secrets_and_no_addresses(tmp_path):
     assert things[0] == things[1] and "hf_abc" not in str(things)
 
 
+def test_a_set_is_the_same_in_every_process(tmp_path):
+    """Whatever the seed of Python's hashes, which is another in each."""
+    args = TPGRPOConfig(str(tmp_path), use_cpu=True, pipeline_kwargs={"layers": {"d", "b", "a", "c"}})
+    assert arguments(args)["pipeline_kwargs"] == {"layers": ["a", "b", "c", "d"]}
+
+
 @pytest.mark.parametrize("change", ["r", "lora_alpha", "target_modules", "use_dora", "use_rslora"])
 def test_adapters(change):
     base = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k"]}
