@@ -54,9 +54,9 @@ def aside(folder: str) -> str:
 @contextmanager
 def written_aside(folder: str, name: str, accelerator: Accelerator, should_save: bool) -> Iterator[str]:
     """
-    Lets all processes write a checkpoint to the folder that it yields, adds a manifest, and only then, when all of it is on
-    the disk, gives it its name (by the process that has `should_save`): whenever a process is killed or the power fails,
-    every `checkpoint-*` folder is whole.
+    Lets all processes write a checkpoint to the folder that it yields, adds a manifest, and only then, when all of it
+    is on the disk, gives it its name (by the process that has `should_save`): whenever a process is killed or the
+    power fails, every `checkpoint-*` folder is whole.
 
     Example:
 
@@ -155,15 +155,14 @@ def checkpoints_of(folder: str) -> list[str]:
 class WholeCheckpoints:
     """
     A [`~transformers.Trainer`] whose checkpoints are whole or not there, say what run they belong to, and are verified
-    before a run goes on from them; and which writes one when it is told to end (`SIGTERM`, Ctrl-C). It says itself how
-    many updates a generation has (`_updates_per_generation`).
+    before a run goes on from them; and which writes one when it is told to end (`SIGTERM`, Ctrl-C). A subclass says
+    how many updates a generation has (`_updates_per_generation`).
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.preemption = Preemption(
-            self.accelerator, interrupts=not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        )
+        meets_while_sampling = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.preemption = Preemption(self.accelerator, interrupts=not meets_while_sampling)
         self.preemption.take_over(self.pop_callback(JITCheckpointCallback))
         self.add_callback(self.preemption)
         self._saving_checkpoint = self._evaluation_due = self._has_new_schedule = False
@@ -261,12 +260,13 @@ class WholeCheckpoints:
         if refused:
             place = " within a generation" if within and REFUSED_WITHIN & set(refused) else ""
             raise ValueError(
-                f"`resume_from_checkpoint={resume_from_checkpoint!r}` was written{place} by a run with other settings: {described(refused, old, self._run)}. Use the "
-                "old ones, or begin a new run with the model that this one saved."
+                f"`resume_from_checkpoint={resume_from_checkpoint!r}` was written{place} by a run with other "
+                f"settings: {described(refused, old, self._run)}. Use the old ones, or begin a new run with the model "
+                "that this one saved."
             )
         if applied:
-            changes = described(applied, old, self._run)
-            logger.warning("This run goes on with other settings than those of %s: %s.", path, changes)
+            words = described(applied, old, self._run)
+            logger.warning("This run goes on with other settings than those of %s: %s.", path, words)
         return applied
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

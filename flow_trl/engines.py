@@ -167,8 +167,8 @@ def with_weights(
     pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], weights: dict[str, torch.Tensor] | None
 ) -> Iterator[dict[str, torch.nn.Module]]:
     """
-    Within this context a pipeline has copies of its denoisers that hold given weights, to be saved; with `weights=None`
-    the denoisers themselves, which are not shared out.
+    Within this context a pipeline has copies of its denoisers that hold given weights, to be saved; with
+    `weights=None` the denoisers themselves, which are not shared out.
     """
     if weights is None:
         yield denoisers

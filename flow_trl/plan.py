@@ -341,8 +341,8 @@ def _has_completions(args: DiffusionConfig) -> bool:
 
 def evaluations_per_image(args: DiffusionConfig) -> float:
     """
-    Latents that the policy evaluates for one image of a generation, its completions included; in a window that moves, the
-    mean over its places.
+    Latents that the policy evaluates for one image of a generation, its completions included; in a window that moves,
+    the mean over its places.
     """
     steps, trained = args.num_inference_steps, args.num_trained_steps
     if not _has_completions(args):
@@ -370,8 +370,8 @@ def _check(args: DiffusionConfig, num_gpus: int, engine: str, gpu: str, efficien
     unit = args.per_device_train_batch_size * num_gpus * args.updates_per_generation
     if num_gpus < 1 or args.generation_batch_size % unit:
         raise ValueError(
-            f"`num_gpus={num_gpus}` does not fit: `generation_batch_size={args.generation_batch_size}` must be a multiple of "
-            f"{unit} = `per_device_train_batch_size` * `num_gpus` * `updates_per_generation`."
+            f"`num_gpus={num_gpus}` does not fit: `generation_batch_size={args.generation_batch_size}` must be a "
+            f"multiple of {unit} = `per_device_train_batch_size` * `num_gpus` * `updates_per_generation`."
         )
     return method
 

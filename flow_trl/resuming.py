@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ _OF_NO_MATTER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "i
 
 def arguments(args: TrainingArguments) -> dict[str, Any]:
     """
-    Fields of a config by name that are kept in a checkpoint, as JSON has them: all that are not free to change, those of a
-    user's own class among them.
+    Fields of a config by name that are kept in a checkpoint, as JSON has them: all that are not free to change, those
+    of a user's own class among them.
     """
     names = [field.name for field in fields(args) if field.name not in FREE and not field.name.endswith("_token")]
     return {name: as_json(getattr(args, name)) for name in names}
@@ -102,13 +102,8 @@ def adapter(config: PeftConfig | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes, as `arguments` of the name `versions.<package>`."""
-    found = {"versions.flow_trl": __version__}
-    for package in ("torch", "transformers", "diffusers", "peft", "accelerate", "trl"):
-        try:
-            found[f"versions.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = ("torch", "transformers", "diffusers", "peft", "accelerate", "trl")
+    return {"versions.flow_trl": __version__} | {f"versions.{package}": version(package) for package in packages}
 
 
 def dataset_digest(dataset: Any) -> str | None:
@@ -156,8 +151,8 @@ def plain_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, within_generation: bool) -> tuple[list[str], list[str]]:
     """
-    Names of what differs between what a checkpoint (written within a generation, or at its end) says of its run and the run
-    that is to go on from it: of values that must not differ, and of those that may. What only one of them knows is left out.
+    Compares what a checkpoint (written within a generation, or at its end) says of its run with the run that is to go
+    on from it: names of values that must not differ, and of those that may. What only one of them knows is left out.
     """
     must_not = REFUSED | REFUSED_WITHIN if within_generation else REFUSED
     refused, applied = [], []
@@ -176,7 +171,7 @@ def described(names: list[str], old: dict[str, Any], new: dict[str, Any]) -> str
 
 
 def as_json(value: Any) -> Any:
-    """A value as it is after it was written to JSON and read again; what JSON has not becomes text, and a set a list."""
+    """A value as it is after it was written to JSON and read again; sets become lists, what else JSON has not text."""
     return json.loads(json.dumps(value, default=_plain, sort_keys=True))
 
 
