@@ -35,6 +35,7 @@ from .resuming import (
     described,
     differences,
     fingerprint,
+    plain,
     sampled_digest,
     versions,
 )  # fmt: skip
@@ -409,8 +410,7 @@ class Checkpoints(WholeCheckpoints):
             fingerprint(denoiser.parameters()),
             [(row.prompt, digest(list(row.given.values()))) for row in self._conditioning.rows],
         ]
-        text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(everything, default=plain).encode(), digest_size=16).hexdigest()
 
     def _save_more(self, folder: str) -> None:
         if self.state.global_step % self._updates_per_generation and not self.args.save_only_model:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from PIL import Image
 from transformers import TrainingArguments
 
 from . import __version__
+from .conditioning import digest
 from .engines import local
 
 
@@ -116,7 +118,7 @@ def dataset_digest(dataset: Any) -> str | None:
     hashed = hashlib.blake2b(repr(sorted(dataset.column_names)).encode(), digest_size=8)
     for table in dataset.with_format("arrow").iter(1000):
         columns = {name: _without_folders(values) for name, values in table.to_pydict().items()}
-        hashed.update(json.dumps(columns, sort_keys=True, default=_plain).encode())
+        hashed.update(json.dumps(columns, sort_keys=True, default=plain).encode())
     return f"{len(dataset)} rows, {hashed.hexdigest()}"
 
 
@@ -171,16 +173,17 @@ def described(names: list[str], old: dict[str, Any], new: dict[str, Any]) -> str
 
 
 def as_json(value: Any) -> Any:
-    """A value as it is after it was written to JSON and read again; sets become lists, what else JSON has not text."""
-    return json.loads(json.dumps(value, default=_plain, sort_keys=True))
+    """A value as it is after it was written to JSON and read again, without addresses; see [`plain`]."""
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, default=plain, sort_keys=True)))
 
 
-def _plain(value: Any) -> str | list:
-    if isinstance(value, set | frozenset):  # in an order that is the same in every process
+def plain(value: Any) -> Any:
+    """For JSON, what it has not: sets in one order, images, tensors and bytes by their content, the rest as text."""
+    if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     if isinstance(value, bytes):
         return hashlib.blake2b(value, digest_size=8).hexdigest()
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return digest(value) if isinstance(value, torch.Tensor | Image.Image) else str(value)
 
 
 def _without_folders(value: Any) -> Any:
