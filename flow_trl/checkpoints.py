@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,7 +34,8 @@ from .resuming import (
     dataset_digest,
     described,
     differences,
-    plain_weight,
+    fingerprint,
+    plain,
     sampled_digest,
     versions,
 )  # fmt: skip
@@ -54,21 +55,9 @@ def aside(folder: str) -> str:
 @contextmanager
 def written_aside(folder: str, name: str, accelerator: Accelerator, should_save: bool) -> Iterator[str]:
     """
-    Lets all processes write a checkpoint, adds a manifest, and only then, when all of it is on the disk, gives it its name:
-    whenever a process is killed or the power fails, every `checkpoint-*` folder is whole.
-
-    Args:
-        folder (`str`):
-            Folder of the run.
-        name (`str`):
-            Name of the checkpoint.
-        accelerator ([`~accelerate.Accelerator`]):
-            Lets processes wait for each other.
-        should_save (`bool`):
-            Whether this process makes and renames folders.
-
-    Yields:
-        `str`: where to write.
+    Lets all processes write a checkpoint to the folder that it yields, adds a manifest, and only then, when all of it
+    is on the disk, gives it its name (by the process that has `should_save`): whenever a process is killed or the
+    power fails, every `checkpoint-*` folder is whole.
 
     Example:
 
@@ -108,6 +97,11 @@ def _checksum(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _read(folder: str, name: str) -> Any:
+    with open(os.path.join(folder, name)) as file:
+        return json.load(file)
+
+
 def seal(folder: str) -> None:
     """Writes size and SHA-256 of each file of a folder to its `manifest.json`, and all of it to the disk."""
     manifest = os.path.join(folder, MANIFEST_NAME)
@@ -124,14 +118,7 @@ def seal(folder: str) -> None:
 
 def damage(folder: str) -> str | None:
     """
-    What is wrong with a checkpoint, by its manifest.
-
-    Args:
-        folder (`str`):
-            A `checkpoint-*` folder.
-
-    Returns:
-        `str` or `None`: the file that is missing or damaged, in words; `None` if the checkpoint is whole.
+    The file of a checkpoint that is missing or damaged by its manifest, in words; `None` if the checkpoint is whole.
 
     Example:
 
@@ -141,8 +128,8 @@ def damage(folder: str) -> str | None:
     ```
     """
     try:
-        with open(os.path.join(folder, MANIFEST_NAME)) as file:
-            files = {name: (known["bytes"], known["sha256"]) for name, known in json.load(file)["files"].items()}
+        known = _read(folder, MANIFEST_NAME)["files"]
+        files = {name: (file["bytes"], file["sha256"]) for name, file in known.items()}
     except OSError:
         return f"it has no file `{MANIFEST_NAME}`"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -166,27 +153,17 @@ def checkpoints_of(folder: str) -> list[str]:
     return [os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}") for step in sorted(steps, reverse=True)]
 
 
-@torch.no_grad()
-def fingerprint(weights: Iterable[torch.Tensor]) -> str:
-    """A short text that differs between weights that differ (of FSDP: this process's part of them)."""
-    sums = []
-    for weight in map(plain_weight, weights):
-        weight = weight if weight.is_floating_point() else weight.double()  # of bitsandbytes
-        sums += [weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)]
-    return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=16).hexdigest()
-
-
 class WholeCheckpoints:
     """
     A [`~transformers.Trainer`] whose checkpoints are whole or not there, say what run they belong to, and are verified
-    before a run goes on from them; and which writes one when it is told to end (`SIGTERM`, Ctrl-C).
+    before a run goes on from them; and which writes one when it is told to end (`SIGTERM`, Ctrl-C). A subclass says
+    how many updates a generation has (`_updates_per_generation`).
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.preemption = Preemption(
-            self.accelerator, interrupts=not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        )
+        meets_while_sampling = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.preemption = Preemption(self.accelerator, interrupts=not meets_while_sampling)
         self.preemption.take_over(self.pop_callback(JITCheckpointCallback))
         self.add_callback(self.preemption)
         self._saving_checkpoint = self._evaluation_due = self._has_new_schedule = False
@@ -201,8 +178,6 @@ class WholeCheckpoints:
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A `checkpoint-*` folder, or `True` for the newest one in `output_dir` that is whole.
-            args, kwargs:
-                As in [`~transformers.Trainer.train`].
 
         Raises:
             ValueError: if a checkpoint is damaged, or was written by a run with settings that must not change.
@@ -222,32 +197,28 @@ class WholeCheckpoints:
         """What a checkpoint says of its run, beside its arguments."""
         return {"trainer": type(self).__name__, "train_dataset": dataset_digest(self.train_dataset)}
 
-    @property
-    def _updates_per_generation(self) -> int:
-        return 1
-
     def _checked(self, resume_from_checkpoint: str | bool) -> str:
         """The checkpoint from which this run goes on; what it says is read by one process."""
-        found = None, [], None
+        path, applied, error = None, [], None
         if self.accelerator.is_main_process:
             try:
-                found = *self._choose(resume_from_checkpoint), None
-            except ValueError as error:
-                found = None, [], error
-        path, applied, error = broadcast_object_list(list(found))
+                path = self._choose(resume_from_checkpoint)
+                applied = self._compared(path, resume_from_checkpoint)
+            except ValueError as raised:
+                error = raised
+        path, applied, error = broadcast_object_list([path, applied, error])
         if error is not None:
             raise error
-        self._has_new_schedule = bool(SCHEDULE & set(applied))
-        with open(os.path.join(path, TRAINER_STATE_NAME)) as file:
-            state = json.load(file)
+        self._has_new_schedule = not SCHEDULE.isdisjoint(applied)
+        state = _read(path, TRAINER_STATE_NAME)
         control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
         self._evaluation_due = control.get("should_evaluate", False) and self.eval_dataset is not None
-        if os.path.abspath(path) == os.path.abspath(os.path.join(self.args.output_dir, os.path.basename(path))):
+        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(self.args.output_dir):
             self._saved_step = state["global_step"]
         return path
 
-    def _choose(self, resume_from_checkpoint: str | bool) -> tuple[str, list[str]]:
-        """A whole checkpoint of this run, and what is different now."""
+    def _choose(self, resume_from_checkpoint: str | bool) -> str:
+        """A whole checkpoint from which this trainer can go on."""
         given = f"`resume_from_checkpoint={resume_from_checkpoint!r}`"
         folder = self.args.output_dir
         paths = checkpoints_of(folder) if resume_from_checkpoint is True else [resume_from_checkpoint]
@@ -255,9 +226,10 @@ class WholeCheckpoints:
             raise ValueError(f"{given}: No valid checkpoint found in output directory ({folder}).")
         damages = []
         for path in paths:
-            wrong = damage(path) or self._lacking(path)
-            if wrong is None:
+            wrong = damage(path)
+            if wrong is None and not _read(path, RUN_NAME)["save_only_model"]:
                 break
+            wrong = wrong or "it was written with `save_only_model=True`, without the optimizer's state"
             damages.append(f"{os.path.basename(path)}: {wrong}" if resume_from_checkpoint is True else wrong)
         else:
             raise ValueError(
@@ -273,7 +245,7 @@ class WholeCheckpoints:
                 f"{given}: DeepSpeed and sharded FSDP read pickles from a checkpoint, which can run any code. If you know that this one "
                 "is your own, set `trust_checkpoint=True`."
             )
-        return path, self._compared(path, given)
+        return path
 
     @property
     def _reads_pickles(self) -> bool:
@@ -281,23 +253,17 @@ class WholeCheckpoints:
             self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
         )
 
-    def _lacking(self, path: str) -> str | None:
-        with open(os.path.join(path, RUN_NAME)) as file:
-            model_only = json.load(file)["save_only_model"]
-        return "it was written with `save_only_model=True`, without the optimizer's state" if model_only else None
-
-    def _compared(self, path: str, given: str) -> list[str]:
+    def _compared(self, path: str, resume_from_checkpoint: str | bool) -> list[str]:
         """Raises if the run of a checkpoint had settings that must not change; says which others have changed."""
-        with open(os.path.join(path, RUN_NAME)) as file:
-            old = json.load(file)["run"]
-        with open(os.path.join(path, TRAINER_STATE_NAME)) as file:
-            within = json.load(file)["global_step"] % self._updates_per_generation > 0
+        old = _read(path, RUN_NAME)["run"]
+        within = _read(path, TRAINER_STATE_NAME)["global_step"] % self._updates_per_generation > 0
         refused, applied = differences(old, self._run, within_generation=within)
         if refused:
             place = " within a generation" if within and REFUSED_WITHIN & set(refused) else ""
             raise ValueError(
-                f"{given} was written{place} by a run with other settings: {described(refused, old, self._run)}. Use the "
-                "old ones, or begin a new run with the model that this one saved."
+                f"`resume_from_checkpoint={resume_from_checkpoint!r}` was written{place} by a run with other "
+                f"settings: {described(refused, old, self._run)}. Use the old ones, or begin a new run with the model "
+                "that this one saved."
             )
         if applied:
             words = described(applied, old, self._run)
@@ -444,8 +410,7 @@ class Checkpoints(WholeCheckpoints):
             fingerprint(denoiser.parameters()),
             [(row.prompt, digest(list(row.given.values()))) for row in self._conditioning.rows],
         ]
-        text = json.dumps(everything, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(everything, default=plain).encode(), digest_size=16).hexdigest()
 
     def _save_more(self, folder: str) -> None:
         if self.state.global_step % self._updates_per_generation and not self.args.save_only_model:

@@ -208,16 +208,15 @@ def _kind(leaf: Leaf, value: Any) -> Any:
         if isinstance(value, list) or leaf.padded:
             return None
         return tuple(value.shape)
-    if isinstance(value, torch.Tensor):
-        content = (
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
-        return tuple(value.shape), str(value.dtype), hashlib.blake2b(content, digest_size=16).digest()
-    return digest(value) if isinstance(value, Image.Image) else None
+    return digest(value) if isinstance(value, torch.Tensor | Image.Image) else None
 
 
 def digest(value: Any) -> Any:
-    """A key for what may be given for a row: images by their pixels, lists by their entries."""
+    """A key for what may be given to a pipeline: tensors and images by their content, lists by their entries."""
+    if isinstance(value, torch.Tensor):
+        numbers = value.detach().cpu().contiguous().flatten()
+        content = numbers.view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return tuple(value.shape), str(value.dtype), hashlib.blake2b(content, digest_size=16).digest()
     if isinstance(value, Image.Image):
         value = value.convert("RGBA") if value.mode in ("P", "PA") else value
         return value.mode, value.size, hashlib.blake2b(value.tobytes(), digest_size=16).digest()

@@ -4,6 +4,7 @@ goes on from them.
 """
 
 import copy
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from .utils import weights_of
 
 
 def load_whole() -> None:
@@ -36,20 +39,8 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """
-    All of a weight, a moment or an average, in the precision in which it is trained.
-
-    Args:
-        tensor (`torch.Tensor`):
-            The tensor, however it is shared out. All processes call this together.
-
-    Returns:
-        `torch.Tensor`: the same on every process.
-
-    Example:
-
-    ```python
-    >>> weights = {name: whole(weight) for name, weight in model.named_parameters()}
-    ```
+    All of a weight, a moment or an average, in the precision in which it is trained: the same on every process. All
+    processes call this together.
     """
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
@@ -85,15 +76,7 @@ def gathered(weights: Iterable[torch.Tensor]) -> AbstractContextManager:
 
 @torch.no_grad()
 def assign(weight: torch.Tensor, value: torch.Tensor) -> None:
-    """
-    Gives a weight the value that [`whole`] returned.
-
-    Args:
-        weight (`torch.nn.Parameter`):
-            The weight, however it is shared out. All processes call this together.
-        value (`torch.Tensor`):
-            Its whole value.
-    """
+    """Gives a weight the value that [`whole`] returned. All processes call this together."""
     with gathered([weight]):
         weight.copy_(part(value, weight))
     _set_zero(weight, value)
@@ -115,11 +98,6 @@ def _set_zero(weight: torch.Tensor, value: torch.Tensor, moment: str | None = No
         weight.set_full_hp_param(value.to(weight.device), *key)
 
 
-def _zero_weights(zero: Any) -> list[torch.Tensor]:
-    """The flat weights of which this process trains a part."""
-    return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-
-
 def _link_moments(zero: Any) -> None:
     """ZeRO-1 and 2 do this at their first update, before the moments of any but the first group are there."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
@@ -127,60 +105,57 @@ def _link_moments(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _zero_moments(optimizer: torch.optim.Optimizer) -> tuple[list[str], dict[str, Any]]:
-    """Names of the moments that an optimizer in ZeRO keeps of each weight, and what else it keeps (its step)."""
-    flat, state = next(iter(optimizer.state.items()), (None, {}))
-    moments = [name for name, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
-    return moments, {name: value for name, value in state.items() if name not in moments}
+def _split(kept: dict[str, Any], shape: torch.Size) -> tuple[list[str], dict[str, Any]]:
+    """Names of the moments among what an optimizer keeps of a weight, and what else it keeps (its step)."""
+    moments = [name for name, value in kept.items() if torch.is_tensor(value) and value.shape == shape]
+    return moments, {name: value for name, value in kept.items() if name not in moments}
 
 
 def zero_state(zero: Any, groups: list[list[torch.Tensor]]) -> dict[str, Any]:
     """
-    The state of a ZeRO optimizer as the optimizer of a single process would have it.
+    The `state_dict` of a ZeRO optimizer, on the CPU, as the optimizer of a single process would have it. All processes
+    call this together.
 
     Args:
         zero (`deepspeed.runtime.base_optimizer.ZeROOptimizer`):
-            The `optimizer` of an engine. All processes call this together.
+            The `optimizer` of an engine.
         groups (`list[list[torch.nn.Parameter]]`):
             The weights of its groups.
-
-    Returns:
-        `dict[str, Any]`: what `state_dict` of [`torch.optim.Optimizer`] returns, on the CPU.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link_moments(zero)
-    moments, rest = _zero_moments(zero.optimizer)
-    weights = [weight for group in groups for weight in group]
-    state = {
-        index: {name: safe_get_full_optimizer_state(weight, name).cpu() for name in moments} | copy.deepcopy(rest)
-        for index, weight in enumerate(weights)
-        if moments or rest
-    }
-    saved, first = [], 0
-    for group, members in zip(zero.optimizer.param_groups, groups, strict=True):
-        saved.append(group | {"params": list(range(first, first + len(members)))})
-        first += len(members)
+    state = {}
+    flat, kept = next(iter(zero.optimizer.state.items()), (None, None))
+    if kept:
+        moments, rest = _split(kept, flat.shape)
+        for index, weight in enumerate(itertools.chain(*groups)):
+            whole_moments = {name: safe_get_full_optimizer_state(weight, name).cpu() for name in moments}
+            state[index] = whole_moments | copy.deepcopy(rest)
+    numbers = itertools.count()
+    saved = [
+        group | {"params": [next(numbers) for _ in members]}
+        for group, members in zip(zero.optimizer.param_groups, groups, strict=True)
+    ]
     return {"state": state, "param_groups": saved}
 
 
 def load_zero_state(zero: Any, groups: list[list[torch.Tensor]], state: dict[str, Any]) -> None:
     """Gives a ZeRO optimizer what [`zero_state`] returned, with any number of processes."""
-    optimizer, weights = zero.optimizer, [weight for group in groups for weight in group]
+    optimizer, weights = zero.optimizer, list(itertools.chain(*groups))
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group |= {name: value for name, value in saved.items() if name != "params"}
     if not state["state"]:
         return
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    kept, shape = state["state"][0], getattr(weights[0], "ds_shape", weights[0].shape)
-    moments = [name for name, value in kept.items() if torch.is_tensor(value) and value.shape == shape]
-    for flat in _zero_weights(zero):
-        rest = {name: value for name, value in kept.items() if name not in moments}
-        rest = {
+    moments, rest = _split(state["state"][0], getattr(weights[0], "ds_shape", weights[0].shape))
+    # The flat weights of which this process trains a part
+    for flat in getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups:
+        own = {
             name: value.to(flat.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
             for name, value in rest.items()
         }
-        optimizer.state[flat] = {name: torch.zeros_like(flat) for name in moments} | rest
+        optimizer.state[flat] = {name: torch.zeros_like(flat) for name in moments} | own
     _link_moments(zero)
     for index, weight in enumerate(weights):
         for name in moments:
@@ -192,18 +167,8 @@ def with_weights(
     pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], weights: dict[str, torch.Tensor] | None
 ) -> Iterator[dict[str, torch.nn.Module]]:
     """
-    Within this context a pipeline has copies of its denoisers that hold given weights, to be saved.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]):
-            The pipeline.
-        denoisers (`dict[str, torch.nn.Module]`):
-            Its denoisers by name, whose weights are shared out.
-        weights (`dict[str, torch.Tensor]` or `None`):
-            All their weights; if there are several denoisers, their names come first. `None` if they are not shared out.
-
-    Yields:
-        `dict[str, torch.nn.Module]`: the copies by name, or the denoisers.
+    Within this context a pipeline has copies of its denoisers that hold given weights, to be saved; with
+    `weights=None` the denoisers themselves, which are not shared out.
     """
     if weights is None:
         yield denoisers
@@ -211,11 +176,9 @@ def with_weights(
     copies = {}
     for name, denoiser in denoisers.items():
         plain_class = next(kind for kind in type(denoiser).__mro__ if not issubclass(kind, FSDPModule))
-        prefix = f"{name}." if len(denoisers) > 1 else ""
-        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         with torch.device("meta"):
             copies[name] = plain_class.from_config(denoiser.config)
-        own |= dict(denoiser.named_buffers())
+        own = weights_of(name, denoisers, weights) | dict(denoiser.named_buffers())
         copies[name].load_state_dict(own, strict=False, assign=True)
     try:
         for name, denoiser in copies.items():

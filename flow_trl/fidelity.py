@@ -33,14 +33,15 @@ EVALUATIONS_PER_TRAINED_STEP = 3
 NUM_RESAMPLES = 2000
 
 
-# Rewards (N, K) of the steps from those (N, K + 1) of the completions.
-_FOLLOWED = {
+# Rewards (N, K) of the steps from those (N, K + 1) of the completions
+_CREDITS = {
     "incremental": lambda rewards, n: incremental_rewards(rewards),
     "turning_point": lambda rewards, n: turning_point_rewards(rewards, consistent=False).step_rewards,
     "consistent": lambda rewards, n: turning_point_rewards(rewards).step_rewards,
     "control_variate": control_variate_rewards,
+    "outcome_control_variate": partial(control_variate_rewards, outcome=True),
 }
-_UNBIASED = {"outcome_control_variate": partial(control_variate_rewards, outcome=True)}
+_CREDITS_OF_JUMPS = ["outcome_control_variate"]
 
 
 @dataclass
@@ -263,49 +264,59 @@ def credit_fidelity(
         values.append(final)  # nothing is random any more
         noise.append(torch.zeros_like(final))
         values, noise = torch.stack(values, dim=1), torch.stack(noise, dim=1)  # (N, K + 1)
-        measured = {"-": (outcome, {"outcome": lambda rewards, n: rewards.expand(-1, len(steps))})}
+        measured = [("outcome", "-", outcome, final[:, None].expand(-1, len(steps)))]
         for stride in strides:
             completed = sampled(rows, completions=True, completion_stride=T if stride == "jump" else stride)
-            measured[stride] = completed, _UNBIASED if stride == "jump" else _FOLLOWED | _UNBIASED
+            rewards = rewards_of(completed)
+            credits = _CREDITS_OF_JUMPS if stride == "jump" else _CREDITS
+            measured += [(credit, stride, completed, _CREDITS[credit](rewards, n)) for credit in credits]
 
-    truth = _centred(values[:, 1:] - values[:, :-1], n)
+    truth = _centred(values.diff(dim=1), n)
     ceiling = 1 - (noise[:, 1:] + noise[:, :-1]).mean(0) * (1 - 1 / n) / truth.square().mean((0, 1))
-    evaluation_seconds = outcome.seconds["sampling"] / outcome.evaluations
-    update_evaluations = EVALUATIONS_PER_TRAINED_STEP * len(steps)
+    table, squared = _compared(measured, truth, seed)
+    return CreditFidelity(table, squared, ceiling.tolist())
+
+
+def _compared(
+    measured: list[tuple[str, int | str, "Sampled", torch.Tensor]], truth: torch.Tensor, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """
+    Table and squared correlations, see [`CreditFidelity`], of credits (each with its stride, what was sampled for it
+    and its rewards of the steps, the outcome first) against the true advantages (G, n, K).
+    """
+    num_prompts, n, K = truth.shape
     # The same prompts are drawn for all credits, so that their ratios have the errors of ratios.
     generator = sample_generator(seed, "bootstrap")
     drawn = torch.randint(num_prompts, (NUM_RESAMPLES, num_prompts), generator=generator)
     drawn = torch.nn.functional.one_hot(drawn, num_prompts).sum(1).double()  # how often each prompt was drawn
+    outcome = measured[0][2]
+    update_evaluations = EVALUATIONS_PER_TRAINED_STEP * K
+    update_seconds = update_evaluations * outcome.seconds["sampling"] / outcome.evaluations
     table, of_steps, base = [], [], None
-    for stride, (completed, credits) in measured.items():
-        rewards = rewards_of(completed)
-        evaluations = completed.evaluations / len(rows)
-        seconds = sum(completed.seconds[name] for name in ("sampling", "decoding", "reward_wait")) / len(rows)
-        seconds += update_evaluations * evaluation_seconds
-        for credit, step_rewards in credits.items():
-            products = _products(_centred(step_rewards(rewards, n), n), truth)
-            squared = _squared_correlation(products.sum(1))
-            resampled = _squared_correlation(torch.einsum("bg,cgk->cbk", drawn, products)).mean(1)
-            row = {
-                "credit": credit,
-                "stride": stride,
-                "fidelity": squared.mean().item(),
-                "fidelity_se": resampled.std().item(),
-                "evaluations": evaluations,
-                "images": 1 if stride == "-" else len(steps) + 1,
-                "seconds": seconds,
-            }
-            costs = {"per_evaluation": evaluations + update_evaluations, "per_second": seconds}
-            if base is None:
-                base = row["fidelity"], resampled, costs
-            for name, cost in costs.items():
-                cheaper = base[2][name] / cost
-                row[name] = row["fidelity"] / base[0] * cheaper
-                row[f"{name}_se"] = (resampled / base[1]).std().item() * cheaper
-            table.append(row)
-            of_steps.append(squared.tolist())
-    names = [f"step_{k}" for k in range(1, len(steps) + 1)]
-    return CreditFidelity(pd.DataFrame(table), pd.DataFrame(of_steps, columns=names), ceiling.tolist())
+    for credit, stride, sampled, step_rewards in measured:
+        products = _products(_centred(step_rewards, n), truth)
+        squared = _squared_correlation(products.sum(1))
+        resampled = _squared_correlation(torch.einsum("bg,cgk->cbk", drawn, products)).mean(1)
+        timed = sum(sampled.seconds[name] for name in ("sampling", "decoding", "reward_wait"))
+        row = {
+            "credit": credit,
+            "stride": stride,
+            "fidelity": squared.mean().item(),
+            "fidelity_se": resampled.std().item(),
+            "evaluations": sampled.evaluations / (num_prompts * n),
+            "images": sampled.scores.shape[1],
+            "seconds": timed / (num_prompts * n) + update_seconds,
+        }
+        costs = {"per_evaluation": row["evaluations"] + update_evaluations, "per_second": row["seconds"]}
+        if base is None:
+            base = row["fidelity"], resampled, costs
+        for name, cost in costs.items():
+            cheaper = base[2][name] / cost
+            row[name] = row["fidelity"] / base[0] * cheaper
+            row[f"{name}_se"] = (resampled / base[1]).std().item() * cheaper
+        table.append(row)
+        of_steps.append(squared.tolist())
+    return pd.DataFrame(table), pd.DataFrame(of_steps, columns=[f"step_{k}" for k in range(1, K + 1)])
 
 
 def _centred(values: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -95,6 +95,7 @@ class Evaluations:
             return None
         images, shown = to_pil(torch.stack(images[:count])), dataset[rows[:count]]
         captions = [{"prompt": p, "reward": r} for p, r in zip(shown["prompt"], rewards[:count], strict=True)]
+        texts = [caption_text(caption) for caption in captions]
         if self._sampler.columns:
             inputs = shown[self._sampler.columns[0]]
             images = [cell for pair in zip(inputs, images, strict=True) for cell in (_shown(*pair), pair[1])]
@@ -102,11 +103,10 @@ class Evaluations:
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
         grid = save_image_grid(images, columns=min(8, len(images)), path=path)
-        frame = images[0][0] if isinstance(images[0], list) else images[0]
-        shown_frames = min(FRAMES_SHOWN, len(images[0])) if isinstance(images[0], list) else 1
-        save_captions(path, captions, columns=grid.width // (frame.width * shown_frames))
-        video = path.with_suffix(".gif") if isinstance(images[0], list) else None
-        texts = [caption_text(caption) for caption in captions if not caption.get("given")]
+        is_video = isinstance(images[0], list)
+        frames = images[0][:FRAMES_SHOWN] if is_video else [images[0]]
+        save_captions(path, captions, columns=grid.width // (frames[0].width * len(frames)))
+        video = path.with_suffix(".gif") if is_video else None
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
         return grid
 

@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from trl.trainer.utils import disable_dropout_in_model
 
+from .utils import weights_of
+
 
 def load_pipeline(
     model: str | DiffusionPipeline, dtype: torch.dtype, init_kwargs: dict[str, Any]
@@ -270,11 +272,7 @@ def save_lora(
             Weights of the module that is trained, if they are not in it.
     """
     for number, (name, denoiser) in enumerate(denoisers.items()):
-        if state_dict is not None and len(denoisers) > 1:
-            prefix = f"{name}."
-            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        else:
-            own = state_dict
+        own = None if state_dict is None else weights_of(name, denoisers, state_dict)
         adapter = active_adapter(denoiser)
         if isinstance(denoiser, PeftModel):
             denoiser.save_pretrained(folder, state_dict=own)

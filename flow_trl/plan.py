@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,10 +20,10 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from trl import TrlParser
 
-from .loading import load_pipeline, prepare_denoisers
+from .loading import load_pipeline, model_name, prepare_denoisers
 from .policy import PipelinePolicy
 from .stand_ins import Encoded, mode_of
 from .trainer.ddpo_config import DDPOConfig
@@ -37,14 +37,11 @@ from .utils import sample_generator
 GPUS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX4090": 165}  # dense bfloat16 TFLOP/s
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 METHODS = {"flow_grpo": FlowGRPOConfig, "tp_grpo": TPGRPOConfig, "ddpo": DDPOConfig, "tdpo_r": TDPORConfig}
+PROMPT = "a photo of a red circle left of a blue square"  # of usual length
 GB = 10**9
-ATTENTION_ON_CPU = {  # which torch does not count by itself
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *args, **kwargs: (
-        sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, query, key, value, *args, **kwargs: sdpa_backward_flop_count(gradient, query, key, value)
-    ),
+ATTENTION_ON_CPU = {  # which torch does not count by itself; the counter wraps them again
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
 flop_counter = partial(FlopCounterMode, display=False, custom_mapping=ATTENTION_ON_CPU)
 
@@ -153,7 +150,7 @@ class Plan:
         return flop / (self.num_gpus * GPUS[self.gpu] * self.efficiency * 1e12) / 3600
 
     def __str__(self) -> str:
-        sizes = self.held | {name: getattr(self, name) for name in ("gradients", "latents")}
+        sizes = self.held | {"gradients": self.gradients, "latents": self.latents}
         sizes |= {"a call of the denoiser": self.sampling, "a call of the decoder": self.decoding}
         sizes |= {"activations": self.activations, "activations, checkpointed": self.activations_checkpointed}
         sizes |= {f"**peak while {name}**": size for name, size in self.peaks.items()}
@@ -225,6 +222,11 @@ class _Probe:
         self.mode, self.memory = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
         self.flop, self.outputs, self._inside = 0, [], False
 
+    def fake(self, weight: torch.Tensor) -> torch.Tensor:
+        """Without entries, on the CPU: what asks a weight for its device gets one that tensors can be made on."""
+        with self.mode:
+            return torch.empty(weight.shape, dtype=weight.dtype)
+
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             self.memory.ignore([*module.parameters(), *module.buffers()])
@@ -257,10 +259,10 @@ class _Probe:
 
         return watched
 
-    def measured(self, call: Callable[[], Any]) -> tuple[int, int]:
+    def measured(self, function: Callable, *args) -> tuple[int, int]:
         """Most bytes that a call needs beyond what was there, and its FLOP."""
         self.memory.peak, self.flop, before = self.memory.now, 0, self.memory.now
-        call()
+        function(*args)
         return self.memory.peak - before, self.flop
 
     def backward(self) -> None:
@@ -286,10 +288,7 @@ def _on_meta(model: str | DiffusionPipeline, dtype: torch.dtype, init_kwargs: di
     """The pipeline with its models on the device "meta". Of a name the configs and tokenizers are read, never weights."""
     if not isinstance(model, str):
         pipe = copy.copy(load_pipeline(model, dtype, init_kwargs))
-        for name, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module):
-                weights = [*module.parameters(), *module.buffers()]
-                pipe.__dict__[name] = copy.deepcopy(module, {id(weight): _meta(weight) for weight in weights})
+        _replace_weights(pipe, lambda weight: weight.detach().to("meta"))
         return pipe
     built = {}
     for name, value in DiffusionPipeline.load_config(model).items():
@@ -304,28 +303,21 @@ def _on_meta(model: str | DiffusionPipeline, dtype: torch.dtype, init_kwargs: di
                     module = module_class(module_class.config_class.from_pretrained(model, subfolder=name))
                 else:
                     module = module_class.from_config(module_class.load_config(model, subfolder=name))
-            built[name] = module.to(dtype).eval()
+            built[name] = module.to(dtype)
     return load_pipeline(model, dtype, built | init_kwargs)
 
 
-def _meta(weight: torch.Tensor) -> torch.Tensor:
-    made = weight.detach().to("meta")
-    return torch.nn.Parameter(made, weight.requires_grad) if isinstance(weight, torch.nn.Parameter) else made
-
-
-def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Gives a module fake weights of the CPU: what asks them for their device gets one that tensors can be made on."""
-    made: dict[int, torch.Tensor] = {}
-    with mode:
-        for part in module.modules():
-            for own in (part._parameters, part._buffers):
-                for name, weight in own.items():
-                    if weight is not None and id(weight) not in made:
-                        fake = torch.empty(weight.shape, dtype=weight.dtype)
-                        is_parameter = isinstance(weight, torch.nn.Parameter)
-                        made[id(weight)] = torch.nn.Parameter(fake, weight.requires_grad) if is_parameter else fake
-                    if weight is not None:
-                        own[name] = made[id(weight)]
+def _replace_weights(
+    pipe: DiffusionPipeline, make: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.nn.Module]:
+    """Puts copies of its models with other weights into a pipeline; a weight that several share stays one."""
+    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    for name, module in modules.items():
+        made = {id(buffer): make(buffer) for buffer in module.buffers()}
+        for weight in module.parameters():
+            made[id(weight)] = torch.nn.Parameter(make(weight), weight.requires_grad)
+        modules[name] = pipe.__dict__[name] = copy.deepcopy(module, made).eval()
+    return modules
 
 
 def _text(size: int) -> str:
@@ -349,14 +341,8 @@ def _has_completions(args: DiffusionConfig) -> bool:
 
 def evaluations_per_image(args: DiffusionConfig) -> float:
     """
-    Latents that the policy evaluates for one image of a generation, its completions included.
-
-    Args:
-        args ([`~flow_trl.trainer.diffusion_config.DiffusionConfig`]):
-            Arguments of the trainer.
-
-    Returns:
-        `float`: in a window that moves, the mean over its places.
+    Latents that the policy evaluates for one image of a generation, its completions included; in a window that moves,
+    the mean over its places.
     """
     steps, trained = args.num_inference_steps, args.num_trained_steps
     if not _has_completions(args):
@@ -369,6 +355,27 @@ def evaluations_per_image(args: DiffusionConfig) -> float:
     return steps + sum(lengths) / len(starts)
 
 
+def _check(args: DiffusionConfig, num_gpus: int, engine: str, gpu: str, efficiency: float) -> str:
+    """The method that is planned, by its name; raises if an argument of [`plan`] does not fit."""
+    for name, value, choices in (("engine", engine, ENGINES), ("gpu", gpu, tuple(GPUS))):
+        if value not in choices:
+            raise ValueError(f"`{name}={value!r}` is not known: choose one of {choices}.")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"`efficiency={efficiency}` is a share of the GPU's peak: it must be in (0, 1].")
+    method = next((name for name, config in METHODS.items() if type(args) is config), None)
+    if method is None:
+        raise ValueError(
+            f"`args` is a {type(args).__name__}: plan with one of {[c.__name__ for c in METHODS.values()]}."
+        )
+    unit = args.per_device_train_batch_size * num_gpus * args.updates_per_generation
+    if num_gpus < 1 or args.generation_batch_size % unit:
+        raise ValueError(
+            f"`num_gpus={num_gpus}` does not fit: `generation_batch_size={args.generation_batch_size}` must be a "
+            f"multiple of {unit} = `per_device_train_batch_size` * `num_gpus` * `updates_per_generation`."
+        )
+    return method
+
+
 def plan(
     model: str | DiffusionPipeline,
     args: DiffusionConfig,
@@ -379,7 +386,6 @@ def plan(
     engine: str = "ddp",
     gpu: str = "H100",
     efficiency: float = 0.4,
-    prompt: str = "a photo of a red circle left of a blue square",
 ) -> Plan:
     r"""
     What a configuration of a diffusion trainer would need.
@@ -407,8 +413,6 @@ def plan(
             One of `GPUS`, for the estimated hours.
         efficiency (`float`, *optional*, defaults to `0.4`):
             Share of the GPU's peak that is assumed to be reached.
-        prompt (`str`, *optional*):
-            A prompt of usual length.
 
     Returns:
         [`Plan`]: `print` it for a table.
@@ -424,23 +428,9 @@ def plan(
     >>> print(plan("stabilityai/stable-diffusion-3.5-medium", args, lora, bf16=True, num_gpus=8))
     ```
     """
-    for name, value, choices in (("engine", engine, ENGINES), ("gpu", gpu, tuple(GPUS))):
-        if value not in choices:
-            raise ValueError(f"`{name}={value!r}` is not known: choose one of {choices}.")
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"`efficiency={efficiency}` is a share of the GPU's peak: it must be in (0, 1].")
-    method = next((name for name, config in METHODS.items() if type(args) is config), None)
-    if method is None:
-        raise ValueError(
-            f"`args` is a {type(args).__name__}: plan with one of {[c.__name__ for c in METHODS.values()]}."
-        )
-    unit = args.per_device_train_batch_size * num_gpus * args.updates_per_generation
-    if num_gpus < 1 or args.generation_batch_size % unit:
-        raise ValueError(
-            f"`num_gpus={num_gpus}` does not fit: `generation_batch_size={args.generation_batch_size}` must be a multiple of "
-            f"{unit} = `per_device_train_batch_size` * `num_gpus` * `updates_per_generation`."
-        )
-    bf16 = args.bf16 if bf16 is None else bf16
+    method = _check(args, num_gpus, engine, gpu, efficiency)
+    bf16 = bool(args.bf16 if bf16 is None else bf16)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
     dtype = torch.bfloat16 if bf16 and peft_config is not None else torch.float32
     pipe = _on_meta(model, dtype, args.model_init_kwargs or {})
     if isinstance(args, DDPOConfig):
@@ -452,13 +442,12 @@ def plan(
     }
     denoisers = PipelinePolicy(pipe, **options).denoisers
     is_lora = prepare_denoisers(pipe, denoisers, peft_config)
-    policy, probe = PipelinePolicy(pipe, **options), _Probe()  # anew: an adapter may have wrapped the denoiser
-    denoisers = policy.denoisers
     if bf16:
-        cast_training_params(list(denoisers.values()), dtype=torch.float32)
-    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
-    for module in modules.values():
-        _make_fake(module.eval(), probe.mode)
+        cast_training_params([getattr(pipe, name) for name in denoisers], dtype=torch.float32)
+    probe = _Probe()
+    modules = _replace_weights(pipe, probe.fake)
+    policy = PipelinePolicy(pipe, **options)  # anew, of these models
+    denoisers = policy.denoisers
     parameters = {name: list(module.parameters()) for name, module in modules.items()}
     weights = {name: _bytes([*parameters[name], *module.buffers()]) for name, module in modules.items()}
     trained = [weight for name in denoisers for weight in parameters[name] if weight.requires_grad]
@@ -475,30 +464,26 @@ def plan(
     decode_size = min(args.per_device_decode_batch_size or args.per_device_rollout_batch_size, chunk * finals)
 
     with torch.no_grad():
-        conditioning = policy.encode([prompt])
+        conditioning = policy.encode([PROMPT])
         latents, schedule, _ = policy.start(conditioning, steps, [sample_generator(0)])
 
     def batch(size: int) -> tuple[torch.Tensor, Any]:
         return latents.expand(size, *latents.shape[1:]).clone(), conditioning[[0] * size]
 
-    def denoise(size: int, grad: bool = False) -> tuple[int, int]:
+    def denoise(size: int, grad: bool) -> None:
         given, conditions = batch(size)
-
-        def call() -> None:
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-                policy.predict(given, 0, conditions, schedule, grad=grad)
-            if grad:
-                probe.backward()
-
-        return probe.measured(call)
+        with autocast():
+            policy.predict(given, 0, conditions, schedule, grad=grad)
+        if grad:
+            probe.backward()
 
     pixels: list[torch.Tensor] = []
 
     def decode() -> None:
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        with autocast():
             pixels.append(policy.decode(*batch(decode_size), output_type="uint8"))
 
-    sampling, sampling_flop = denoise(rollout_size)
+    sampling, sampling_flop = probe.measured(denoise, rollout_size, False)
     with torch.no_grad():
         decoding, decoding_flop = probe.measured(decode)
     micro_batch, training = args.per_device_train_batch_size, {}
@@ -512,7 +497,7 @@ def plan(
         if checkpointed:
             for denoiser in denoisers.values():
                 denoiser.enable_gradient_checkpointing()
-        training[checkpointed] = denoise(micro_batch, grad=True)
+        training[checkpointed] = probe.measured(denoise, micro_batch, True)
 
     # Sums
     generation_images = args.generation_batch_size
@@ -538,12 +523,12 @@ def plan(
     denoiser_bytes = sum(_bytes(parameters[name]) for name in denoisers)
     average, moments = trained_bytes if args.ema_decay else 0, trained_count * _moments(args.optim)
     return Plan(
-        model=model if isinstance(model, str) else model.name_or_path or type(model).__name__,
+        model=model_name(model),
         method=method,
         engine=engine,
         gpu=gpu,
         num_gpus=num_gpus,
-        bf16=bool(bf16),
+        bf16=bf16,
         trained_parameters=trained_count,
         frozen_parameters=count - trained_count,
         weights=weights,

@@ -19,14 +19,9 @@ class Preempted(SystemExit):
 
 class Preemption(TrainerCallback):
     """
-    Notes `SIGTERM` and Ctrl-C while a training runs. Sampling and scoring are left at once; whatever changes the state of
-    the training is ended first. A second Ctrl-C kills.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Tells the other processes.
-        interrupts (`bool`, *optional*, defaults to `True`):
-            Whether sampling may be left at once. Not with FSDP or DeepSpeed, whose processes meet within it.
+    Notes `SIGTERM` and Ctrl-C while a training runs. Sampling and scoring are left at once (if `interrupts`: not with
+    FSDP or DeepSpeed, whose processes meet within them); whatever changes the state of the training is ended first. A
+    second Ctrl-C kills.
 
     Example:
 
@@ -90,12 +85,15 @@ class Preemption(TrainerCallback):
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Within this context a signal, or one that came before it, raises `Preempted`."""
-        self._is_interruptible = self.interrupts
+        if not self.interrupts:
+            yield
+            return
+        self._is_interruptible = True
         try:
-            if self.interrupts and (self._signal is not None or self.is_due):
+            if self._signal is not None or self.is_due:
                 raise Preempted(self.exit_code)
             yield
-            if self.interrupts and self._signal is not None:  # the exception was lost, as in a destructor
+            if self._signal is not None:  # the exception was lost, as in a destructor
                 raise Preempted(self.exit_code)
         finally:
             self._is_interruptible = False

@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from PIL import Image
 from transformers import TrainingArguments
 
 from . import __version__
+from .conditioning import digest
 from .engines import local
 
 
@@ -86,14 +88,8 @@ _OF_NO_MATTER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "i
 
 def arguments(args: TrainingArguments) -> dict[str, Any]:
     """
-    The fields of a config that are kept in a checkpoint: all that are not free to change.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The config.
-
-    Returns:
-        `dict[str, Any]`: their values by name, as JSON has them. Fields of a user's own class are among them.
+    Fields of a config by name that are kept in a checkpoint, as JSON has them: all that are not free to change, those
+    of a user's own class among them.
     """
     names = [field.name for field in fields(args) if field.name not in FREE and not field.name.endswith("_token")]
     return {name: as_json(getattr(args, name)) for name in names}
@@ -103,36 +99,26 @@ def adapter(config: PeftConfig | None) -> dict[str, Any]:
     """What says how an adapter computes, as `arguments` of the name `peft_config.<name>`."""
     known = {"peft_type": None} if config is None else config.to_dict()
     known = {name: value for name, value in known.items() if name not in _OF_NO_MATTER}
-    known = {name: sorted(value) if isinstance(value, set) else value for name, value in known.items()}
     return {f"peft_config.{name}": as_json(value) for name, value in known.items()}
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes, as `arguments` of the name `versions.<package>`."""
-    found = {"versions.flow_trl": __version__}
-    for package in ("torch", "transformers", "diffusers", "peft", "accelerate", "trl"):
-        try:
-            found[f"versions.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = ("torch", "transformers", "diffusers", "peft", "accelerate", "trl")
+    return {"versions.flow_trl": __version__} | {f"versions.{package}": version(package) for package in packages}
 
 
 def dataset_digest(dataset: Any) -> str | None:
     """
-    A short text that differs between data sets that differ in a value, a column or the order of rows. Files that rows
-    refer to count by their names.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The data set. Of one without a length nothing is known (`None`).
+    A short text that differs between data sets that differ in a value, a column or the order of rows; `None` for one
+    without a length, of which nothing is known. Files that rows refer to count by their names.
     """
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "__len__"):
         return None
     hashed = hashlib.blake2b(repr(sorted(dataset.column_names)).encode(), digest_size=8)
     for table in dataset.with_format("arrow").iter(1000):
         columns = {name: _without_folders(values) for name, values in table.to_pydict().items()}
-        hashed.update(json.dumps(columns, sort_keys=True, default=_text).encode())
+        hashed.update(json.dumps(columns, sort_keys=True, default=plain).encode())
     return f"{len(dataset)} rows, {hashed.hexdigest()}"
 
 
@@ -148,6 +134,16 @@ def sampled_digest(weights: Iterable[torch.Tensor]) -> str:
     return hashed.hexdigest()
 
 
+@torch.no_grad()
+def fingerprint(weights: Iterable[torch.Tensor]) -> str:
+    """A short text that differs between weights that differ (of FSDP: this process's part of them)."""
+    sums = []
+    for weight in map(plain_weight, weights):
+        weight = weight if weight.is_floating_point() else weight.double()  # of bitsandbytes
+        sums += [weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)]
+    return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
 def plain_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight as a tensor of which numbers can be read; of FSDP's, this process's part."""
     weight = local(weight)
@@ -157,27 +153,17 @@ def plain_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, within_generation: bool) -> tuple[list[str], list[str]]:
     """
-    Compares what a checkpoint says of its run with the run that is to go on from it. What only one of them knows is
-    left out.
-
-    Args:
-        old, new (`dict[str, Any]`):
-            Values by name.
-        within_generation (`bool`):
-            Whether the checkpoint was written within a generation.
-
-    Returns:
-        `tuple[list[str], list[str]]`: names of values that must not differ, and of those that may.
+    Compares what a checkpoint (written within a generation, or at its end) says of its run with the run that is to go
+    on from it: names of values that must not differ, and of those that may. What only one of them knows is left out.
     """
+    must_not = REFUSED | REFUSED_WITHIN if within_generation else REFUSED
     refused, applied = [], []
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name]:
             continue
-        if name == "lr_scheduler_type" and _WITH_STATE & {old[name], new[name]}:
-            refused.append(name)
-            continue
-        must_not = name in REFUSED or name.startswith("peft_config.") or (name in REFUSED_WITHIN and within_generation)
-        (refused if must_not else applied).append(name)
+        keeps_state = name == "lr_scheduler_type" and _WITH_STATE & {old[name], new[name]}
+        is_refused = name in must_not or name.startswith("peft_config.") or keeps_state
+        (refused if is_refused else applied).append(name)
     return refused, applied
 
 
@@ -187,14 +173,17 @@ def described(names: list[str], old: dict[str, Any], new: dict[str, Any]) -> str
 
 
 def as_json(value: Any) -> Any:
-    """A value as it is after it was written to JSON and read again; what JSON has not becomes text."""
-    return json.loads(json.dumps(value, default=_text, sort_keys=True))
+    """A value as it is after it was written to JSON and read again, without addresses; see [`plain`]."""
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, default=plain, sort_keys=True)))
 
 
-def _text(value: Any) -> str:
+def plain(value: Any) -> Any:
+    """For JSON, what it has not: sets in one order, images, tensors and bytes by their content, the rest as text."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
     if isinstance(value, bytes):
         return hashlib.blake2b(value, digest_size=8).hexdigest()
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return digest(value) if isinstance(value, torch.Tensor | Image.Image) else str(value)
 
 
 def _without_folders(value: Any) -> Any:

@@ -79,6 +79,12 @@ def to_pil(pixels: torch.Tensor) -> list:
     return [to_pil(part) for part in pixels]
 
 
+def weights_of(name: str, denoisers: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of one denoiser among those of all, whose names begin with the denoiser's if there are several."""
+    prefix = f"{name}." if len(denoisers) > 1 else ""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
 def check_prompts(name: str, dataset: Any) -> None:
     """
     Checks that prompts can be taken from a data set.

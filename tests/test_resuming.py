@@ -74,6 +74,26 @@ def test_what_is_kept_has_no_secrets_and_no_addresses(tmp_path):
     assert things[0] == things[1] and "hf_abc" not in str(things)
 
 
+def test_a_set_is_the_same_in_every_process(tmp_path):
+    """Whatever the seed of Python's hashes, which is another in each."""
+    args = TPGRPOConfig(str(tmp_path), use_cpu=True, pipeline_kwargs={"layers": {"d", "b", "a", "c"}})
+    assert arguments(args)["pipeline_kwargs"] == {"layers": ["a", "b", "c", "d"]}
+
+
+def test_images_and_tensors_count_by_their_content(tmp_path):
+    numbers = torch.zeros(2000)
+    changed = numbers.clone()
+    changed[1000] = 1  # which is left out where a tensor is printed
+    red, blue = (Pillow.new("RGB", (4, 4), color) for color in ("red", "blue"))
+    known = [
+        arguments(TPGRPOConfig(str(tmp_path), use_cpu=True, pipeline_kwargs={"image": image, "numbers": values}))
+        for image, values in ((red, numbers), (red.copy(), numbers.clone()), (blue, numbers), (red, changed))
+    ]
+    assert known[0] == known[1]
+    for other in known[2:]:
+        assert differences(known[0], other, within_generation=False) == (["pipeline_kwargs"], [])
+
+
 @pytest.mark.parametrize("change", ["r", "lora_alpha", "target_modules", "use_dora", "use_rslora"])
 def test_adapters(change):
     base = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k"]}
