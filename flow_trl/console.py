@@ -67,6 +67,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _headers(eval_set: str) -> list[str]:
+    """Titles of the columns of a set's evaluation; its name is empty, or ends with `_`."""
+    return [f"{title} {eval_set}".strip(" _") for title in ("held out", "change")]
+
+
 class ConsoleCallback(TrainerCallback):
     """
     Prints a training for people: a bar with the reward, the held-out reward, its change and the time left, and a line of a
@@ -163,7 +168,7 @@ class ConsoleCallback(TrainerCallback):
             self._row.setdefault("update", state.global_step)
             for name in evaluated:
                 self._add_evaluation(name, logs, state.log_history)
-            if all(f"held out {name}".strip(" _") in self._row for name in self.eval_sets):
+            if all(_headers(name)[0] in self._row for name in self.eval_sets):
                 self._flush()
         elif "loss" in logs:
             self._flush()
@@ -229,7 +234,7 @@ class ConsoleCallback(TrainerCallback):
         key = f"eval_{name}reward"
         value, error = logs[key], logs.get(f"{key}_se")
         change = value - next((entry[key] for entry in history if key in entry), value)
-        held_out, changed = (f"{title} {name}".strip(" _") for title in ("held out", "change"))
+        held_out, changed = _headers(name)
         self._row[held_out] = number(value) + (f" ±{number(error, value)}" if error is not None else "")
         self._row[changed] = f"{'-' if change < 0 else '+'}{number(abs(change), value)}"
         self._show(**{held_out: f"{held_out} {number(value)} ({self._row[changed]})"})
@@ -247,8 +252,7 @@ class ConsoleCallback(TrainerCallback):
             if headers:
                 meanings.append(f"{', '.join(headers)}: {column.meaning}")
         if self._waiting or self.evaluates:
-            held_out = [f"{title} {name}".strip(" _") for name in self.eval_sets for title in ("held out", "change")]
-            titles[2:2] = held_out
+            titles[2:2] = [title for name in self.eval_sets for title in _headers(name)]
             meanings.insert(2, "held out: reward of the evaluation ± standard error; change: since the first one")
         self._widths = {title: max(len(title), 13 if title.startswith("held out") else 6) for title in titles}
         line = "  ".join(f"{title:>{width}}" for title, width in self._widths.items())
@@ -293,14 +297,12 @@ def use_console(trainer: Any) -> ConsoleCallback:
     ```
     """
     callbacks = trainer.callback_handler.callbacks
-    for callback in [
-        c for c in callbacks if type(c) in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
-    ]:
-        trainer.remove_callback(callback)
-    console = next((callback for callback in callbacks if isinstance(callback, ConsoleCallback)), None)
-    if console is None:
-        console = ConsoleCallback()
-        trainer.add_callback(console)
+    for callback in list(callbacks):
+        if type(callback) in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
+            trainer.remove_callback(callback)
+    if not any(isinstance(callback, ConsoleCallback) for callback in callbacks):
+        trainer.add_callback(ConsoleCallback())
+    console = next(callback for callback in callbacks if isinstance(callback, ConsoleCallback))
     console.title = type(trainer).__name__
     console.is_quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     console.evaluates = trainer.args.eval_strategy != "no" or trainer.args.eval_on_start

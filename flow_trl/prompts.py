@@ -77,18 +77,16 @@ def describe(tag: str, include: list[dict[str, Any]]) -> str:
     return "a photo of " + link.join(phrases[::-1] if tag == "position" else phrases)
 
 
-def _entry(name: str, count: int = 1, color: str | None = None, position: list[str] | None = None) -> dict[str, Any]:
-    return {"class": name, "count": count, "color": color, "position": position}
-
-
 def _scene(tag: str, rng: random.Random) -> tuple[Any, dict[str, Any]]:
     """A random row of a kind, and what is in it whatever the order."""
     colored = tag in ("colors", "color_attr")
-    names = rng.sample(
-        CLASSES[1:] if colored else CLASSES, 2 if tag in ("two_object", "position", "color_attr") else 1
-    )
-    colors = rng.sample(COLORS, len(names)) if colored else [None] * len(names)
-    include = [_entry(name, color=color) for name, color in zip(names, colors, strict=True)]
+    size = 2 if tag in ("two_object", "position", "color_attr") else 1
+    names = rng.sample(CLASSES[1:] if colored else CLASSES, size)
+    colors = rng.sample(COLORS, size) if colored else [None] * size
+    include = [
+        {"class": name, "count": 1, "color": color, "position": None}
+        for name, color in zip(names, colors, strict=True)
+    ]
     exclude = None
     if tag == "counting":
         include[0]["count"] = count = rng.choice(list(NUMBERS))
@@ -192,8 +190,7 @@ def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
     ```
     """
     data = _load(name, "prompts")
-    prompts = data["test" if "test" in data else "train"].shuffle(seed=0)
-    return prompts.select(range(min(size, len(prompts))))
+    return _some(data["test" if "test" in data else "train"], size)
 
 
 def _load(name: str, argument: str) -> dict[str, Dataset]:
@@ -219,10 +216,13 @@ def _load(name: str, argument: str) -> dict[str, Dataset]:
 def split_prompts(data: dict[str, Dataset], eval_size: int) -> tuple[Dataset, Dataset]:
     """The split `train`, and so many rows of the split `test`, or of `train` where there is none."""
     if "test" not in data:
-        if len(data["train"]) < 2:
-            raise ValueError(
-                f"There are {len(data['train'])} rows: at least two are needed, one of them for evaluation."
-            )
-        data = data["train"].train_test_split(test_size=max(1, min(eval_size, len(data["train"]) // 10)), seed=0)
-    test = data["test"].shuffle(seed=0)
-    return data["train"], test.select(range(min(eval_size, len(test))))
+        size = len(data["train"])
+        if size < 2:
+            raise ValueError(f"There are {size} rows: at least two are needed, one of them for evaluation.")
+        data = data["train"].train_test_split(test_size=max(1, min(eval_size, size // 10)), seed=0)
+    return data["train"], _some(data["test"], eval_size)
+
+
+def _some(prompts: Dataset, size: int) -> Dataset:
+    """At most so many, in random order, always the same."""
+    return prompts.shuffle(seed=0).select(range(min(size, len(prompts))))

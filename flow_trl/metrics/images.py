@@ -36,29 +36,7 @@ def mean_reward(
     groups: Sequence[Hashable] | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """
-    The mean of an image reward.
-
-    Args:
-        name (`str`):
-            Name of the result.
-        reward (`Callable`):
-            Class of a reward of `flow_trl.rewards`.
-        images (`list[PIL.Image.Image]`):
-            Images.
-        prompts (`list[str]`):
-            The prompt of each.
-        groups (`list`, *optional*):
-            As in [`summarize`].
-        options (`dict`):
-            Arguments of the class.
-
-    Returns:
-        `dict`: the mean, its standard error, and `scores` (`list[float]`) of the images.
-
-    Raises:
-        ValueError: if there are no images, not as many groups, or no model can be loaded.
-    """
+    """The mean of an image reward, made of its class and that one's `options`; its standard error; and all `scores`."""
     check_samples(len(images), groups)
     scores = _load(reward, tuple(sorted(options.items())))(prompts=prompts, images=images)
     return summarize(name, scores, groups) | {"scores": scores}
