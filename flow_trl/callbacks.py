@@ -41,18 +41,11 @@ def error_name(name: str) -> str:
     return f"{name.removesuffix('/mean')}/se" if name.endswith("/mean") else f"{name}_se"
 
 
-def _figure(purpose: str, width: float, height: float) -> Any:
+def _figure(purpose: str, rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its panels, which are so large each."""
     figures = import_extra("matplotlib.figure", extra="plots", purpose=purpose)
-    return figures.Figure(figsize=(width, height), layout="constrained")
-
-
-def _panels(figure: Any, count: int) -> Any:
-    """Panels side by side."""
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=5)
-    return panels
+    figure = figures.Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _plot(axes: Any, entries: list[dict], x: str, y: str, **options: Any) -> list[dict]:
@@ -60,6 +53,8 @@ def _plot(axes: Any, entries: list[dict], x: str, y: str, **options: Any) -> lis
     points = [entry for entry in entries if y in entry]
     errors = [entry.get(error_name(y), np.nan) for entry in points]
     axes.errorbar([entry[x] for entry in points], [entry[y] for entry in points], yerr=errors, marker="o", **options)
+    axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", nbins=5)
     return points
 
 
@@ -215,19 +210,18 @@ class LearningCurveCallback(TrainerCallback):
             is_trained_reward = all(entry.get(key) == entry["eval_reward"] for entry in evaluations)
             if name not in out_of_domain and not is_trained_reward:
                 panels[name] = key
-        figure = _figure("the learning curve", 4.4 * len(panels), 3.6)
-        for axes, (title, key) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
+        figure, (row,) = _figure("the learning curve", 1, len(panels), 4.4, 3.6)
+        for axes, (title, key) in zip(row, panels.items(), strict=True):
             if key == "eval_reward":
                 label = "training images, sampled with noise"
                 axes.plot(*zip(*[(entry["step"], entry["reward"]) for entry in train], strict=True), "C0", label=label)
             _plot(axes, evaluations, "step", key, color="C1", capsize=2, label="held out, without noise")
             axes.set_title(title)
             axes.set_xlabel("updates")
-        last = [entry for entry in state.log_history if "total_nfe" in entry][-1:]
-        for entry in last:
+        for entry in [entry for entry in state.log_history if "total_nfe" in entry][-1:]:
             total = f"{entry['total_nfe']:,} denoiser evaluations, {entry['total_reward_calls']:,} scored images"
             figure.supxlabel(f"{entry['step']} updates took {total}", fontsize=9)
-        figure.axes[0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)
 
 
@@ -330,8 +324,7 @@ def save_comparison(
     prompts = [caption["prompt"] for _, caption in list(grids.values())[-1]]
     columns, count = min(8, len(prompts)), min(16, len(prompts))
     blocks = -(-count // columns)
-    figure = _figure("the figure from before and after", 1.7 * columns, 4.2 * blocks)
-    panels = figure.subplots(2 * blocks, columns, squeeze=False)
+    figure, panels = _figure("the figure from before and after", 2 * blocks, columns, 1.7, 2.1)
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[], frame_on=False)
     for when, (label, shown) in enumerate(grids.items()):
@@ -379,8 +372,8 @@ def cross_reward_figure(curves: dict[str, list[list[dict]]], names: list[str]) -
     >>> cross_reward_figure(histories, ["pickscore", "clip_score"]).savefig("cross_reward.png")
     ```
     """
-    figure = _figure("the cross-reward figure", 4.2 * len(names), 3.6)
-    for axes, name in zip(_panels(figure, len(names)), names, strict=True):
+    figure, (row,) = _figure("the cross-reward figure", 1, len(names), 4.2, 3.6)
+    for axes, name in zip(row, names, strict=True):
         key = f"eval_rewards/{name}/mean"
         for index, (label, runs) in enumerate(curves.items()):
             color = f"C{index}"  # the same in every panel, also where a run lacks a reward
@@ -463,13 +456,8 @@ class OverOptimizationCallback(TrainerCallback):
                 logger.warning(
                     "Training stops at step %d: the reward %r, which is not trained, has fallen by %.1f%% since step "
                     "%d, while the trained reward went from %.4g to %.4g.",
-                    now["step"],
-                    name,
-                    100 * fall,
-                    best["step"],
-                    best["eval_reward"],
-                    now["eval_reward"],
-                )
+                    now["step"], name, 100 * fall, best["step"], best["eval_reward"], now["eval_reward"],
+                )  # fmt: skip
                 control.should_training_stop = True
         if state.is_world_process_zero:
             figure = cross_reward_figure({Path(args.output_dir).name: [evaluations]}, names)

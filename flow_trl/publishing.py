@@ -119,22 +119,8 @@ def public_files(folder: str | Path, include: Iterable[str] = ()) -> list[Path]:
     return sorted(found)
 
 
-def stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Path], copy: bool = True) -> None:
-    """
-    Copies files of a run as they are published: cards name the repository in place of the folder, and no file has a local path.
-
-    Args:
-        folder (`str` or `Path`):
-            `output_dir` of the run.
-        target (`str` or `Path`):
-            Where to write.
-        repo (`str`):
-            Hub id.
-        files (`Iterable[Path]`):
-            The files, relative to the folder.
-        copy (`bool`, *optional*, defaults to `True`):
-            Whether large files are copied, or only linked to.
-    """
+def _stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Path], copy: bool = True) -> None:
+    """Copies or links files of a run as they are published: cards name the repository in place of the folder, no file a path."""
     for name in files:
         source, staged = Path(folder, name), Path(target, name)
         staged.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +201,7 @@ def publish(
         raise ValueError(f"`folder={str(folder)!r}` has no README.md: pass the `output_dir` of a run that was saved.")
     repo = HfApi().create_repo(repo, token=token, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory(dir=folder, prefix="_pushing-") as staged:
-        stage(folder, staged, repo, public_files(folder, include), copy=False)
+        _stage(folder, staged, repo, public_files(folder, include), copy=False)
         return _upload(staged, repo, message, token, revision)
 
 
@@ -409,7 +395,7 @@ class Publishing:
 
     def _snapshot(self, folder: str, files: Iterable[Path]) -> str:
         snapshot = tempfile.mkdtemp(dir=self.args.output_dir, prefix="_pushing-")
-        stage(folder, snapshot, self._public_repo, files)
+        _stage(folder, snapshot, self._public_repo, files)
         return snapshot
 
     def _upload_snapshots(self, folders: dict[str, str], message: str) -> None:

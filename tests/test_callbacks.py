@@ -66,21 +66,25 @@ def test_average_goes_on_after_saving_and_loading(tmp_path):
     assert all(torch.equal(resumed.averages[name], value) for name, value in straight.averages.items())
 
 
-def test_learning_curve(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that are to be saved, and where; they are not."""
+    figures = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **kwargs: saved.append((self, path)))
+    return saved
 
+
+def test_learning_curve(tmp_path, monkeypatch, drawn):
     strict = {0: 0.0, 3: 0.2}
     history = [evaluation(0, 0.1, strict=strict[0])]
     for step in (1, 2, 3):
         history.append({"reward": step / 10, "total_nfe": 50 * step, "total_reward_calls": 5 * step, "step": step})
     history.append(evaluation(3, 0.4, strict=strict[3]))
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append((self, args)))
     args = SimpleNamespace(output_dir=str(tmp_path))
     LearningCurveCallback().on_train_end(args, TrainerState(log_history=history), None)
     LearningCurveCallback().on_evaluate(args, TrainerState(), None)  # nothing to draw yet
-    ((figure, (path,)),) = drawn
+    ((figure, path),) = drawn
     assert path == tmp_path / "learning_curve.png"
     # "trained" is the reward itself, so it has no panel of its own
     assert [axes.get_title() for axes in figure.axes] == ["trained reward", "strict"]
@@ -98,33 +102,23 @@ def test_learning_curve(tmp_path, monkeypatch):
     assert Image.open(path).size == (1056, 432)
 
 
-def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
+def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, drawn):
     history = [{"reward": 0.2, "total_nfe": 50, "total_reward_calls": 5, "step": 1}, evaluation(1, 0.3, hps=70.0)]
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
     for names in (["hps"], None):
         args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=names)
         LearningCurveCallback().on_evaluate(args, TrainerState(log_history=history), None)
-    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    titles = [[axes.get_title() for axes in figure.axes] for figure, _ in drawn]
     assert titles == [["trained reward"], ["trained reward", "hps"]]
 
 
 @pytest.mark.parametrize("count", [3, 10])
-def test_before_and_after(tmp_path, monkeypatch, count):
+def test_before_and_after(tmp_path, drawn, count):
     """Each image is cut out of its grid, scored, and marked as right, wrong or with its score."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
     for step, base in ((0, 0), (2, 100), (7, 200)):
         images = [Image.new("RGB", (4, 4), (base + i, 0, 0)) for i in range(count)]
         path = tmp_path / "images" / f"eval-{step:06d}.png"
         captions = [{"prompt": f"a photo of {i} things", "reward": step + i / 100} for i in range(count)]
         save_image_grid(images, min(8, count), path, captions)
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
     seen = []
 
     def score(images):
@@ -134,14 +128,15 @@ def test_before_and_after(tmp_path, monkeypatch, count):
     save_before_and_after(tmp_path, score)
     save_before_and_after(tmp_path, until=6)
     assert seen == [list(range(count)), list(range(200, 200 + count))]
-    marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure in drawn]
+    marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure, _ in drawn]
+    first = drawn[0][0].axes
     # Rows of panels: before and after of the first eight, then of the others
     blocks = [range(first, min(first + 8, count)) for first in range(0, count, 8)]
     assert marks[0] == [["wrong", "right", "0.25"][i % 3] for block in blocks for _ in range(2) for i in block]
     assert marks[1] == [f"{step + i / 100:.3g}" for block in blocks for step in (0, 2) for i in block]
-    shown = [axes.images[0].get_array()[0, 0, 0] for axes in drawn[0].axes if axes.images]
+    shown = [axes.images[0].get_array()[0, 0, 0] for axes in first if axes.images]
     assert shown == [base + i for block in blocks for base in (0, 200) for i in block]
-    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    titles = [axes.get_title() for axes in first if axes.get_title()]
     assert titles == [f"{i} things" for i in range(count)]
 
 
