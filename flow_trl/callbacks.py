@@ -234,8 +234,8 @@ def reward_table(log_history: list[dict]) -> str:
             `trainer.state.log_history`, with at least one evaluation.
 
     Returns:
-        `str`: a table in Markdown, with a row for each reward function: mean before and after, the change, and the
-        change in standard errors (of the difference, as if the images of both were independent).
+        `str`: a table in Markdown, with a row for each reward function that is in both: mean before and after, the
+        change, and the change in standard errors (of the difference, as if the images of both were independent).
 
     Example:
 
@@ -252,7 +252,7 @@ def reward_table(log_history: list[dict]) -> str:
         f"| {'reward':<22} | before | after  | change  | standard errors |",
         f"| {'-' * 22} | ------ | ------ | ------- | --------------- |",
     ]
-    for name, key in _mean_rewards(after).items():
+    for name, key in _mean_rewards(key for key in after if key in before).items():
         first, last, change = before[key], after[key], after[key] - before[key]
         error = math.hypot(before[error_name(key)], after[error_name(key)])
         lines.append(

@@ -12,6 +12,7 @@ from flow_trl.callbacks import (
     LearningCurveCallback,
     OverOptimizationCallback,
     cross_reward_figure,
+    reward_table,
     save_before_and_after,
 )
 from flow_trl.pictures import save_image_grid
@@ -146,6 +147,20 @@ def evaluation(step, reward, **others):
     for name, value in others.items():
         entry |= {f"eval_rewards/{name}/mean": value, f"eval_rewards/{name}/se": abs(value) / 10}
     return entry
+
+
+def test_table_of_rewards_has_what_was_evaluated_before_and_after():
+    first, last = (
+        evaluation(0, 0.5, hps=1.0),
+        evaluation(4, 0.75, hps=2.0, late=0.5),
+    )  # `late` applied to no image at first
+    for entry in (first, last):
+        entry["eval_rewards/trained/se"] = 0.1
+    rows = [line.strip("| ").split() for line in reward_table([first, {"reward": 1.0}, last]).splitlines()[2:]]
+    assert [(row[0], *row[2::2]) for row in rows] == [
+        ("trained", "0.500", "0.750", "+0.250", "+1.8"),
+        ("hps", "1.000", "2.000", "+1.000", "+4.5"),
+    ]
 
 
 def over_optimize(tmp_path, entries, names=("hps",), stop_after_fall=None, history=()):
