@@ -328,7 +328,7 @@ def _pictures(output_dir: Path, updates: int) -> dict[str, str]:
 
 
 def _compares(output_dir: Path, updates: int) -> bool:
-    """Whether there is a picture from before and after, which is drawn if the first and the last evaluation allow it."""
+    """Whether there is a picture from before and after, which is drawn if the evaluations allow it."""
     evaluated = saved_grids(output_dir, "eval-", updates)
     if len(evaluated) < 2 or evaluated[0].name != "eval-000000.png":
         return False
@@ -484,8 +484,8 @@ def language_card(trainer: Any, **given: Any) -> ModelCard:
     base = (model.get_base_model() if lora else model).config._name_or_path or type(model).__name__
     dataset = trainer.train_dataset
     prompt = dataset[0]["prompt"] if isinstance(dataset, datasets.Dataset) else "your prompt"
-    names = ["num_generations", "generation_batch_size", "num_iterations", "temperature", "beta", "epsilon", "loss_type",
-             "scale_rewards", "baseline", "charge_missing", "min_stratum_size", "shrinkage", "leave_one_out",
+    names = ["num_generations", "generation_batch_size", "num_iterations", "temperature", "beta", "epsilon",
+             "loss_type", "scale_rewards", "baseline", "charge_missing", "min_stratum_size", "shrinkage", "leave_one_out",
              "max_completion_length", "seed"]  # fmt: skip
     sampled = state.global_step * args.generation_batch_size // max(1, args.steps_per_generation * args.num_iterations)
     tokens = {"tokens": int(state.num_input_tokens_seen)} if state.num_input_tokens_seen else {}

@@ -24,8 +24,8 @@ def save_image_grid(
     images: list, columns: int, path: str | Path, captions: list[dict[str, Any]] | None = None
 ) -> Image.Image:
     """
-    Writes images of one size as a PNG grid, filled row by row; missing places stay white. A video is shown as a strip of
-    frames, and the grid of moving videos is written beside it as a GIF.
+    Writes images of one size as a PNG grid, filled row by row; missing places stay white. A video is shown as a strip
+    of frames, and the grid of moving videos is written beside it as a GIF.
 
     Args:
         images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
@@ -90,7 +90,7 @@ def read_grid(path: str | Path) -> list[tuple[Image.Image, dict[str, Any]]]:
             A grid of an evaluation in `output_dir/images`.
 
     Returns:
-        `list[tuple[PIL.Image.Image, dict]]`: each image with its `prompt` and `reward`; empty if the grid has no captions.
+        `list[tuple[PIL.Image.Image, dict]]`: each image with its `prompt` and `reward`; empty without captions.
     """
     described = Path(path).with_suffix(".json")
     if not described.is_file():
@@ -137,7 +137,7 @@ def log_image(
         callbacks (`list[TrainerCallback]`):
             The trainer's callbacks; TensorBoard's holds the writer.
         captions (`list[str]`, *optional*):
-            What its images show, in order: the caption of the picture, in TensorBoard and MLflow a text of the same name.
+            What its images show: the caption of the picture, in TensorBoard and MLflow a text of the same name.
         video (`str` or `Path`, *optional*):
             File of a video, which takes the picture's place except in TensorBoard.
     """

@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
+from .rewards.scene import GENEVAL_COLORS
+
 
 # The 80 classes of COCO, as GenEval calls them.
 CLASSES = """\
@@ -18,7 +20,6 @@ banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couc
 laptop computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
 scissors teddy_bear hair_drier toothbrush""".split()
 CLASSES = [name.replace("_", " ") for name in CLASSES]
-COLORS = "red orange yellow green blue purple pink brown black white".split()
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # How often Flow-GRPO trains each kind (https://huggingface.co/papers/2505.05470); all are evaluated alike.
@@ -44,6 +45,15 @@ a brick wall with the graffiti {}
 a red T-shirt with {} across the chest
 a museum label engraved with {}
 a bus that displays {} as its destination""".splitlines()
+
+
+_text, _counted = Value("string"), {"class": Value("string"), "count": Value("int64")}
+GENEVAL_FEATURES = Features(  # its metadata
+    prompt=_text,
+    tag=_text,
+    include=List({**_counted, "color": _text, "position": List(_text)}),
+    exclude=List(_counted),
+)
 
 
 def describe(tag: str, include: list[dict[str, Any]]) -> str:
@@ -82,7 +92,7 @@ def _scene(tag: str, rng: random.Random) -> tuple[Any, dict[str, Any]]:
     colored = tag in ("colors", "color_attr")
     size = 2 if tag in ("two_object", "position", "color_attr") else 1
     names = rng.sample(CLASSES[1:] if colored else CLASSES, size)
-    colors = rng.sample(COLORS, size) if colored else [None] * size
+    colors = rng.sample(GENEVAL_COLORS, size) if colored else [None] * size
     include = [
         {"class": name, "count": 1, "color": color, "position": None}
         for name, color in zip(names, colors, strict=True)
@@ -116,17 +126,9 @@ def _draw(make: Callable, size: int, is_test: bool) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-_text, _number = Value("string"), Value("int64")
-_counted = {"class": _text, "count": _number}
-_GENEVAL_FEATURES = Features(
-    prompt=_text,
-    tag=_text,
-    include=List({**_counted, "color": _text, "position": List(_text)}),
-    exclude=List(_counted),
-)
 PROMPT_SETS: dict[str, Callable[[bool], Dataset]] = {
     "geneval": lambda is_test: Dataset.from_list(
-        _draw(_geneval, 600 if is_test else 5000, is_test), features=_GENEVAL_FEATURES
+        _draw(_geneval, 600 if is_test else 5000, is_test), features=GENEVAL_FEATURES
     ),
     "ocr": lambda is_test: Dataset.from_list(_draw(_ocr, 500 if is_test else 5000, is_test)),
     "animals": lambda is_test: Dataset.from_dict({"prompt": ANIMALS}),

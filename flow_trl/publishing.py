@@ -120,7 +120,7 @@ def public_files(folder: str | Path, include: Iterable[str] = ()) -> list[Path]:
 
 
 def _stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Path], copy: bool = True) -> None:
-    """Copies or links files of a run as they are published: cards name the repository in place of the folder, no file a path."""
+    """Copies or links a run's files as they are published: cards name the repository, and no file has a local path."""
     for name in files:
         source, staged = Path(folder, name), Path(target, name)
         staged.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """
 Where a training prints: a terminal or a file, by rich if it is installed and by tqdm if not, or a notebook.
 
-Each screen has `print`, `show` for pictures, and `task`, which makes a bar with tqdm's `update`, `set_postfix_str` and `close`.
+Each screen has `print`, `show` for pictures, and `task`, which makes a bar with tqdm's `update`, `set_postfix_str` and
+`close`.
 """
 
 import base64

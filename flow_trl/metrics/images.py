@@ -36,7 +36,7 @@ def mean_reward(
     groups: Sequence[Hashable] | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The mean of an image reward, made of its class and that one's `options`; its standard error; and all `scores`."""
+    """The mean of an image reward, made of its class and `options`, with its standard error and all `scores`."""
     check_samples(len(images), groups)
     scores = _load(reward, tuple(sorted(options.items())))(prompts=prompts, images=images)
     return summarize(name, scores, groups) | {"scores": scores}
