@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
-from .rewards.scene import GENEVAL_COLORS
+from .rewards.scene import GENEVAL_COLORS, RELATIONS
 
 
 # The 80 classes of COCO, as GenEval calls them.
@@ -20,7 +20,6 @@ banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couc
 laptop computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
 scissors teddy_bear hair_drier toothbrush""".split()
 CLASSES = [name.replace("_", " ") for name in CLASSES]
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # How often Flow-GRPO trains each kind (https://huggingface.co/papers/2505.05470); all are evaluated alike.
 KINDS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
