@@ -17,7 +17,6 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,16 +232,10 @@ def report(trainer: Any, files: str) -> None:
 
 def load_problems(arguments: TextArguments, task: Any) -> tuple[Any, Any]:
     """Training and held-out problems of a file or a data set of the Hub, made ready for a [`~tasks.Task`]."""
-    from datasets import load_dataset
+    from .prompts import load_rows, split_prompts
 
-    from .prompts import split_prompts
-
-    name = arguments.dataset_name
-    data = load_dataset("json", data_files=name) if Path(name).suffix == ".jsonl" else load_dataset(name)
-    return tuple(
-        task.prepare(part, arguments.problem_column, arguments.answer_column)
-        for part in split_prompts(data, arguments.eval_size)
-    )
+    parts = split_prompts(load_rows(arguments.dataset_name, "dataset_name"), arguments.eval_size)
+    return tuple(task.prepare(part, arguments.problem_column, arguments.answer_column) for part in parts)
 
 
 def _train_images(command: str, arguments: ImageArguments, args: Any) -> None:

@@ -196,22 +196,26 @@ def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
 
 def _load(name: str, argument: str) -> dict[str, Dataset]:
     """The splits of what a name stands for, which was given as `argument`."""
-    suffix = Path(name).suffix
     if name in PROMPT_SETS:
         return {"train": PROMPT_SETS[name](False), "test": PROMPT_SETS[name](True)}
-    if suffix in (".txt", ".json", ".jsonl") and not Path(name).is_file():
+    try:
+        return load_rows(name, argument)
+    except Exception as error:
+        sets = ", ".join(PROMPT_SETS)
+        error.add_note(f"`{argument}={name!r}` is no prompt set of this library ({sets}) and no file.")
+        raise
+
+
+def load_rows(name: str, argument: str) -> dict[str, Dataset]:
+    """The splits of a file or of a data set of the Hub, which was given as `argument`."""
+    suffix = Path(name).suffix
+    if suffix not in (".txt", ".json", ".jsonl"):
+        return load_dataset(name)
+    if not Path(name).is_file():
         raise ValueError(f"`{argument}={name!r}`: there is no such file.")
     if suffix == ".txt":
         return load_dataset("text", data_files=name).rename_column("text", "prompt")
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=name)
-    try:
-        return load_dataset(name)
-    except Exception as error:
-        error.add_note(
-            f"`{argument}={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
-        )
-        raise
+    return load_dataset("json", data_files=name)
 
 
 def split_prompts(data: dict[str, Dataset], eval_size: int) -> tuple[Dataset, Dataset]:
