@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from flow_trl import tiny
-from flow_trl.cli import TRAINERS, Parser, main
+from flow_trl.cli import TRAINERS, ImageArguments, Parser, TextArguments, load_problems, main
 
 
 PLAIN = "--use_cpu --report_to none --save_strategy no --output_dir out".split()
@@ -82,6 +82,11 @@ def test_language_model(rewards, capsys):
     tiny.load_language_model(rewards / "out")
 
 
+def test_problems_that_are_not_there():
+    with pytest.raises(ValueError, match="`dataset_name='absent.jsonl'`: there is no such file"):
+        load_problems(TextArguments(dataset_name="absent.jsonl"), task=None)
+
+
 def test_dotted_paths_that_lead_nowhere(rewards):
     from flow_trl.rewards import get_reward_func
 
@@ -92,8 +97,6 @@ def test_dotted_paths_that_lead_nowhere(rewards):
 
 
 def test_a_parser_of_one_class_reads_what_others_leave():
-    from flow_trl.cli import ImageArguments
-
     parser = Parser(ImageArguments, add_help=False)
     arguments, rest = parser.parse_args_and_config(["--eval_size", "3", "--help-all"], return_remaining_strings=True)
     assert arguments.eval_size == 3 and rest == ["--help-all"]
