@@ -1,33 +1,61 @@
-"""Callbacks and pictures for diffusion training: moving average, image grids, learning curve, over-optimisation."""
+"""Callbacks and figures for diffusion training: moving average, on-policy check, learning curve, over-optimisation."""
 
-import json
 import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from .engines import gathered, part, trained
+from .pictures import read_grid, saved_grids
 from .utils import import_extra
 
 
 logger = logging.getLogger(__name__)
 
+LARGEST_DEVIATION, LARGEST_CLIPPED_SHARE = 1e-2, 1e-2  # of and by ratios that must be 1
+
 
 def _evaluations(log_history: list[dict]) -> list[dict]:
     """The evaluations of a run, of a single data set, in order."""
     return [entry for entry in log_history if "eval_reward" in entry]
+
+
+def _mean_rewards(logged: Iterable[str]) -> dict[str, str]:
+    """Which of the logged names are means of a reward function, by the function's name."""
+    keys = [key for key in logged if key.startswith("eval_rewards/") and key.endswith("/mean")]
+    return {key.removeprefix("eval_rewards/").removesuffix("/mean"): key for key in keys}
+
+
+def error_name(name: str) -> str:
+    """The name under which the standard error of a mean reward is logged."""
+    return f"{name.removesuffix('/mean')}/se" if name.endswith("/mean") else f"{name}_se"
+
+
+def _figure(purpose: str, rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its panels, which are so large each."""
+    figures = import_extra("matplotlib.figure", extra="plots", purpose=purpose)
+    figure = figures.Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _plot(axes: Any, entries: list[dict], x: str, y: str, **options: Any) -> list[dict]:
+    """Draws `y` over `x` with standard errors, where it was evaluated; returns these entries."""
+    points = [entry for entry in entries if y in entry]
+    errors = [entry.get(error_name(y), np.nan) for entry in points]
+    axes.errorbar([entry[x] for entry in points], [entry[y] for entry in points], yerr=errors, marker="o", **options)
+    axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", nbins=5)
+    return points
 
 
 class EMACallback(TrainerCallback):
@@ -57,12 +85,8 @@ class EMACallback(TrainerCallback):
         self.decay, self.update_steps = decay, update_steps
         self.averages = {name: weight.detach().clone() for name, weight in parameters.items()}
 
-    def initial_share(self, updates: int) -> float:
-        """Weight of the initial weights in the average after as many updates."""
-        return self.decay ** (updates // self.update_steps)
-
     def on_train_begin(self, args, state, control, **kwargs):
-        share = self.initial_share(state.max_steps)
+        share = self.decay ** (state.max_steps // self.update_steps)  # of the initial weights at the end
         if share > 0.5:
             logger.warning(
                 "`ema_decay=%g` with `ema_update_steps=%d`: after the %d updates of this run the averaged weights, which are evaluated, "
@@ -115,18 +139,13 @@ class OnPolicyCallback(TrainerCallback):
     Args:
         trainer ([`~flow_trl.trainer.diffusion_trainer.DiffusionTrainer`]):
             The trainer, which adds this callback by itself.
-        tolerance (`float`, *optional*, defaults to `1e-2`):
-            Largest deviation of a ratio from 1.
-        clipped (`float`, *optional*, defaults to `1e-2`):
-            Largest share of clipped samples without a warning.
 
     Raises:
-        RuntimeError: before the optimizer's step, if a ratio deviates by more, or is NaN.
+        RuntimeError: before the optimizer's step, if a ratio deviates by more than 0.01, or is NaN.
     """
 
-    def __init__(self, trainer: Any, tolerance: float = 1e-2, clipped: float = 1e-2):
-        self.trainer, self.tolerance, self.clipped = trainer, tolerance, clipped
-        self._has_warned = False
+    def __init__(self, trainer: Any):
+        self.trainer, self._has_warned = trainer, False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step % self.trainer._updates_per_generation:
@@ -135,7 +154,7 @@ class OnPolicyCallback(TrainerCallback):
         of_update = [torch.stack(self.trainer._metrics[name][-args.gradient_accumulation_steps :]) for name in names]
         deviations, shares = self.trainer.accelerator.gather(torch.stack(of_update)[None]).unbind(1)
         deviation, share = deviations.max().item(), shares.mean().item()
-        if not deviation <= self.tolerance:
+        if not deviation <= LARGEST_DEVIATION:
             raise RuntimeError(
                 f"At the first update of a generation a probability ratio is {deviation:.3g} away from 1: the denoiser computes "
                 "something else in training than in sampling, so the gradient would be wrong. Usual causes: dropout or another "
@@ -143,7 +162,7 @@ class OnPolicyCallback(TrainerCallback):
                 "than the noise level allows."
             )
         self.trainer._record({"ratio/first_max_deviation": deviation, "clip_ratio/first_update": share})
-        if share > self.clipped and not self._has_warned:
+        if share > LARGEST_CLIPPED_SHARE and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "At the first update of a generation %.1f%% of the samples are clipped by `epsilon=%g`, though the weights are those "
@@ -152,151 +171,6 @@ class OnPolicyCallback(TrainerCallback):
                 "`per_device_train_batch_size`), or compute in float32 (`bf16=False`, `fp16=False`).",
                 100 * share, args.epsilon, deviation, 10 * deviation,
             )  # fmt: skip
-
-
-FRAMES_SHOWN, FRAMES_PER_SECOND = 4, 8  # of a video in a grid, and of an animation
-
-
-def save_image_grid(images: list, columns: int, path: str | Path) -> Image.Image:
-    """
-    Writes images of one size as a PNG grid, filled row by row; missing places stay white. A video is shown as a strip of
-    frames, and the grid of moving videos is written beside it as a GIF.
-
-    Args:
-        images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-            The images, or videos as lists of frames.
-        columns (`int`):
-            Number of columns.
-        path (`str` or `Path`):
-            File to write; its folder is made.
-
-    Returns:
-        `PIL.Image.Image`: the grid.
-
-    Example:
-
-    ```python
-    >>> save_image_grid([Image.new("RGB", (32, 32))] * 7, columns=4, path="grid.png").size
-    (128, 64)
-    ```
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(images[0], list):
-        frames = [_grid(list(frame), columns) for frame in zip(*images, strict=True)]
-        options = {"append_images": frames[1:], "duration": 1000 // FRAMES_PER_SECOND, "loop": 0}
-        frames[0].save(Path(path).with_suffix(".gif"), save_all=True, **options)
-        images, columns = [_strip(frames) for frames in images], max(1, columns // FRAMES_SHOWN)
-    grid = _grid(images, columns)
-    grid.save(path)
-    return grid
-
-
-def _grid(images: list[Image.Image], columns: int) -> Image.Image:
-    rows = -(-len(images) // columns)
-    blank = Image.new("RGB", images[0].size, "white")
-    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
-
-
-def _strip(frames: list[Image.Image]) -> Image.Image:
-    """The first, the last and some frames between them, side by side."""
-    shown = [frames[i] for i in np.linspace(0, len(frames) - 1, min(FRAMES_SHOWN, len(frames))).round().astype(int)]
-    return make_image_grid(shown, rows=1, cols=len(shown))
-
-
-def save_captions(path: str | Path, captions: list[dict[str, Any]], columns: int) -> None:
-    """Writes, beside a grid, what its images show, from which [`read_grid`] cuts it up again."""
-    Path(path).with_suffix(".json").write_text(
-        json.dumps({"columns": columns, "captions": captions}), encoding="utf-8"
-    )
-
-
-def read_grid(path: str | Path) -> list[tuple[Image.Image, dict[str, Any]]]:
-    """
-    The images of a grid and their captions.
-
-    Args:
-        path (`str` or `Path`):
-            A grid of an evaluation in `output_dir/images`.
-
-    Returns:
-        `list[tuple[PIL.Image.Image, dict]]`: each image with its `prompt` and `reward`; empty if the grid has no captions.
-    """
-    described = Path(path).with_suffix(".json")
-    if not described.is_file():
-        return []
-    saved = json.loads(described.read_text(encoding="utf-8"))
-    columns, captions = saved["columns"], saved["captions"]
-    with Image.open(path) as grid:
-        grid = grid.convert("RGB")
-    width, height = grid.width // columns, grid.height // -(-len(captions) // columns)
-    places = [(i % columns * width, i // columns * height) for i in range(len(captions))]
-    return [
-        (grid.crop((x, y, x + width, y + height)), caption) for (x, y), caption in zip(places, captions, strict=True)
-    ]
-
-
-def caption_text(caption: dict[str, Any]) -> str:
-    """A caption in words: `"a red circle (reward 0.512)"`."""
-    reward = caption.get("reward")
-    return caption["prompt"] if reward is None else f"{caption['prompt']} (reward {reward:.3g})"
-
-
-def log_image(
-    image: Image.Image,
-    name: str,
-    step: int,
-    report_to: list[str],
-    callbacks: list[TrainerCallback],
-    captions: list[str] | None = None,
-    video: str | Path | None = None,
-) -> None:
-    """
-    Sends a picture to the trackers that a trainer reports to, or a video to those that can show one.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The picture.
-        name (`str`):
-            Name under which it is logged.
-        step (`int`):
-            Number of optimizer updates so far.
-        report_to (`list[str]`):
-            `args.report_to` of the trainer. Trackers that are not known here get no picture, with a warning.
-        callbacks (`list[TrainerCallback]`):
-            The trainer's callbacks; TensorBoard's holds the writer.
-        captions (`list[str]`, *optional*):
-            What its images show, in order: the caption of the picture, in TensorBoard and MLflow a text of the same name.
-        video (`str` or `Path`, *optional*):
-            File of a video, which takes the picture's place except in TensorBoard.
-    """
-    caption = "\n".join(captions or []) or None
-    for tracker in report_to:
-        if tracker == "tensorboard":
-            for callback in callbacks:
-                writer = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
-                if writer is not None:
-                    writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-                    if caption:
-                        writer.add_text(f"{name}/captions", caption.replace("\n", "  \n"), step)
-                    writer.flush()
-        elif tracker in ("wandb", "trackio"):
-            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
-            options = {"caption": caption} if caption else {}
-            if video is None:
-                shown = module.Image(image, **options)
-            else:
-                shown = module.Video(str(video), format="gif", **options)
-            module.log({name: shown, "train/global_step": step})
-        elif tracker == "mlflow":
-            module = import_extra(tracker, extra="trackers", purpose=f"`report_to={tracker!r}`")
-            if video is None:
-                module.log_image(image, key=name.replace("/", "_"), step=step)
-            else:
-                module.log_artifact(str(video), artifact_path="videos")
-            if caption:
-                module.log_text(caption, f"captions/{name.replace('/', '_')}-{step:06d}.txt")
-        else:
-            logger.warning("`report_to=%r`: pictures are not sent to this tracker; they are in `output_dir`.", tracker)
 
 
 class LearningCurveCallback(TrainerCallback):
@@ -316,7 +190,7 @@ class LearningCurveCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self._figure = import_extra("matplotlib.figure", extra="plots", purpose="the learning curve")
+        import_extra("matplotlib.figure", extra="plots", purpose="the learning curve")
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._draw(args, state)
@@ -329,32 +203,25 @@ class LearningCurveCallback(TrainerCallback):
         if not state.is_world_process_zero or not train:
             return
         evaluations = _evaluations(state.log_history)
-        of_function = {name.split("/")[1] for entry in evaluations for name in entry if name.endswith("/mean")}
-        # Those have scales of their own, and a figure by `OverOptimizationCallback`.
-        of_function -= set(getattr(args, "out_of_domain_rewards", None) or [])
-        panels = {"reward": ("eval_reward", "eval_reward_se")}
-        for name in sorted(of_function):
-            keys = f"eval_rewards/{name}/mean", f"eval_rewards/{name}/se"
-            if any(entry.get(keys[0]) != entry["eval_reward"] for entry in evaluations):
-                panels[name] = keys
-        figure = self._figure.Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
-        for axes, (name, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-            if name == "reward":
+        panels = {"trained reward": "eval_reward"}
+        # Out of domain they have scales of their own, and a figure by `OverOptimizationCallback`.
+        out_of_domain = getattr(args, "out_of_domain_rewards", None) or []
+        for name, key in sorted(_mean_rewards(key for entry in evaluations for key in entry).items()):
+            is_trained_reward = all(entry.get(key) == entry["eval_reward"] for entry in evaluations)
+            if name not in out_of_domain and not is_trained_reward:
+                panels[name] = key
+        figure, (row,) = _figure("the learning curve", 1, len(panels), 4.4, 3.6)
+        for axes, (title, key) in zip(row, panels.items(), strict=True):
+            if key == "eval_reward":
                 label = "training images, sampled with noise"
                 axes.plot(*zip(*[(entry["step"], entry["reward"]) for entry in train], strict=True), "C0", label=label)
-            points = [entry for entry in evaluations if keys[0] in entry]
-            x, y = [entry["step"] for entry in points], [entry[keys[0]] for entry in points]
-            errors = [entry.get(keys[1], np.nan) for entry in points]
-            axes.errorbar(x, y, yerr=errors, color="C1", marker="o", capsize=2, label="held out, without noise")
-            axes.set_title("trained reward" if name == "reward" else name)
-            axes.grid(alpha=0.3)
-            axes.locator_params(axis="x", nbins=5)
+            _plot(axes, evaluations, "step", key, color="C1", capsize=2, label="held out, without noise")
+            axes.set_title(title)
             axes.set_xlabel("updates")
-        last = [entry for entry in state.log_history if "total_nfe" in entry][-1:]
-        for entry in last:
+        for entry in [entry for entry in state.log_history if "total_nfe" in entry][-1:]:
             total = f"{entry['total_nfe']:,} denoiser evaluations, {entry['total_reward_calls']:,} scored images"
             figure.supxlabel(f"{entry['step']} updates took {total}", fontsize=9)
-        figure.axes[0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
         figure.savefig(Path(args.output_dir) / "learning_curve.png", dpi=120)
 
 
@@ -367,8 +234,8 @@ def reward_table(log_history: list[dict]) -> str:
             `trainer.state.log_history`, with at least one evaluation.
 
     Returns:
-        `str`: a table in Markdown, with a row for each reward function: mean before and after, the change, and the
-        change in standard errors (of the difference, as if the images of both were independent).
+        `str`: a table in Markdown, with a row for each reward function that is in both: mean before and after, the
+        change, and the change in standard errors (of the difference, as if the images of both were independent).
 
     Example:
 
@@ -385,12 +252,9 @@ def reward_table(log_history: list[dict]) -> str:
         f"| {'reward':<22} | before | after  | change  | standard errors |",
         f"| {'-' * 22} | ------ | ------ | ------- | --------------- |",
     ]
-    for key in [
-        key.removesuffix("/mean") for key in after if key.startswith("eval_rewards/") and key.endswith("/mean")
-    ]:
-        first, last = before[f"{key}/mean"], after[f"{key}/mean"]
-        error = (before[f"{key}/se"] ** 2 + after[f"{key}/se"] ** 2) ** 0.5
-        change, name = last - first, key.removeprefix("eval_rewards/")
+    for name, key in _mean_rewards(key for key in after if key in before).items():
+        first, last, change = before[key], after[key], after[key] - before[key]
+        error = math.hypot(before[error_name(key)], after[error_name(key)])
         lines.append(
             f"| {name:<22} | {first:6.3f} | {last:6.3f} | {change:+7.3f} | {change / max(error, 1e-9):+15.1f} |"
         )
@@ -424,8 +288,7 @@ def save_before_and_after(
     >>> save_before_and_after(trainer.args.output_dir, lambda images: judge(prompts=prompts, images=images))
     ```
     """
-    paths = sorted((Path(folder) / "images").glob("eval-*.png"))
-    paths = [path for path in paths if int(path.stem.split("-")[-1]) <= until]
+    paths = saved_grids(folder, "eval-", until)
     grids = {
         when: [(image, caption) for image, caption in read_grid(path) if not caption.get("given")]
         for when, path in (("before", paths[0]), ("after", paths[-1]))
@@ -458,12 +321,10 @@ def save_comparison(
     >>> save_comparison({"base": [(image, {"prompt": "a cat", "reward": 0.5})], "LoRA": [(other, caption)]}, "both.png")
     ```
     """
-    figures = import_extra("matplotlib.figure", extra="plots", purpose="the figure from before and after")
     prompts = [caption["prompt"] for _, caption in list(grids.values())[-1]]
     columns, count = min(8, len(prompts)), min(16, len(prompts))
     blocks = -(-count // columns)
-    figure = figures.Figure(figsize=(1.7 * columns, 4.2 * blocks), layout="constrained")
-    panels = figure.subplots(2 * blocks, columns, squeeze=False)
+    figure, panels = _figure("the figure from before and after", 2 * blocks, columns, 1.7, 2.1)
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[], frame_on=False)
     for when, (label, shown) in enumerate(grids.items()):
@@ -511,26 +372,20 @@ def cross_reward_figure(curves: dict[str, list[list[dict]]], names: list[str]) -
     >>> cross_reward_figure(histories, ["pickscore", "clip_score"]).savefig("cross_reward.png")
     ```
     """
-    figures = import_extra("matplotlib.figure", extra="plots", purpose="the cross-reward figure")
-    figure = figures.Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        key = f"eval_rewards/{name}"
+    figure, (row,) = _figure("the cross-reward figure", 1, len(names), 4.2, 3.6)
+    for axes, name in zip(row, names, strict=True):
+        key = f"eval_rewards/{name}/mean"
         for index, (label, runs) in enumerate(curves.items()):
             color = f"C{index}"  # the same in every panel, also where a run lacks a reward
             for number, history in enumerate(runs):
-                points = [entry for entry in _evaluations(history) if f"{key}/mean" in entry]
-                x, y = [entry["eval_reward"] for entry in points], [entry[f"{key}/mean"] for entry in points]
-                errors = [entry.get(f"{key}/se", np.nan) for entry in points]
-                label = "_nolegend_" if number else label
-                axes.errorbar(x, y, yerr=errors, marker="o", color=color, ecolor=(color, 0.4), label=label)
+                options = {"color": color, "ecolor": (color, 0.4), "label": "_nolegend_" if number else label}
+                points = _plot(axes, _evaluations(history), "eval_reward", key, **options)
                 for end in points[:1] + points[1:][-1:]:
-                    place = (end["eval_reward"], end[f"{key}/mean"])
+                    place = (end["eval_reward"], end[key])
                     axes.annotate(end["step"], place, (4, 4), textcoords="offset points", color=color, fontsize=8)
         axes.set_xlabel("reward (trained)")
         axes.set_ylabel(f"{name} (not trained)")
         axes.margins(x=0.1)
-        axes.locator_params(axis="x", nbins=5)
-        axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
     return figure
 
@@ -601,13 +456,8 @@ class OverOptimizationCallback(TrainerCallback):
                 logger.warning(
                     "Training stops at step %d: the reward %r, which is not trained, has fallen by %.1f%% since step "
                     "%d, while the trained reward went from %.4g to %.4g.",
-                    now["step"],
-                    name,
-                    100 * fall,
-                    best["step"],
-                    best["eval_reward"],
-                    now["eval_reward"],
-                )
+                    now["step"], name, 100 * fall, best["step"], best["eval_reward"], now["eval_reward"],
+                )  # fmt: skip
                 control.should_training_stop = True
         if state.is_world_process_zero:
             figure = cross_reward_figure({Path(args.output_dir).name: [evaluations]}, names)

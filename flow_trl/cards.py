@@ -8,8 +8,9 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import datasets
 import diffusers
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from trl.trainer.utils import get_callable_name
 
 from . import __version__
-from .callbacks import read_grid, save_before_and_after
+from .callbacks import error_name, save_before_and_after
 from .loading import active_adapter
+from .pictures import read_grid, saved_grids
 from .publishing import public_name
 from .utils import MissingExtraError
 
@@ -36,6 +38,7 @@ _TASKS = {
     (True, False): "image-to-image",
     (True, True): "image-to-video",
 }
+TINY = Path(__file__).parent / "tiny"
 IMAGES_IN_GALLERY = 8
 MEASURES = {
     "accuracy": "accuracy", "ece": "ECE", "auroc": "AUROC", "brier": "Brier score", "format": "valid format",
@@ -138,16 +141,17 @@ def _versions(*packages: str) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _hardware(trainer: Any) -> str:
+def _hours_and_hardware(trainer: Any) -> dict[str, str]:
     device, count = trainer.accelerator.device, trainer.accelerator.num_processes
-    if device.type == "cuda":
-        return f"{count} x {torch.cuda.get_device_name(device)}"
-    return f"{count} x CPU ({os.cpu_count()} cores, {platform.machine()})"
-
-
-def _hours(trainer: Any) -> dict[str, str]:
+    cpu = f"CPU ({os.cpu_count()} cores, {platform.machine()})"
+    hardware = f"{count} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}"
     seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    return {"hours": f"{seconds[-1] / 3600:.2g}"} if seconds else {}
+    return ({"hours": f"{seconds[-1] / 3600:.2g}"} if seconds else {}) | {"hardware": hardware}
+
+
+def _hyperparameters(trainer: Any, updates: int, names: list[str], lora: LoraConfig | None) -> dict[str, Any]:
+    shown = {"updates": updates} | {name: getattr(trainer.args, name) for name in ["learning_rate", *names]}
+    return shown | ({} if lora is None else {"LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}"})
 
 
 def _citation(paper: dict[str, str], method: str) -> str:
@@ -161,46 +165,50 @@ def _card(
     trainer: Any,
     base: str,
     *,
-    model_name: str | None,
-    dataset_name: str | None,
-    tags: str | list[str] | None,
-    is_lora: bool,
+    lora: LoraConfig | None,
     is_tiny: bool,
     task: str,
+    library: str,
+    own_tags: Sequence[str],
     tables: Sequence[Table],
-    data: dict[str, Any],
-    **shown: Any,
+    cost: dict[str, Any],
+    shown: dict[str, Any],
+    widget: list[dict[str, Any]] | None = None,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
 ) -> ModelCard:
-    """What the cards of all trainers have in common."""
-    base_is_local = os.path.isdir(base)
-    public = public_name(base)
-    name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
-    tags = [tags] if isinstance(tags, str) else list(tags or [])
+    """What the cards of all trainers have in common; the template is given `shown` as well."""
+    args, public = trainer.args, public_name(base)
     on_hub = "/" in public and not is_tiny
+    name = model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    tags = [tags] if isinstance(tags, str) else tags or []
     results = [result for table in tables if table.name for result in table.eval_results(task)]
-    trained_on = dataset_name or _hub_dataset(trainer.train_dataset)
     return ModelCard.from_template(
         ModelCardData(
             base_model=public if on_hub else None,
-            base_model_relation=("adapter" if is_lora else "finetune") if on_hub else None,
+            base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
             pipeline_tag=task,
-            datasets=trained_on,
+            library_name=library,
+            datasets=dataset_name or _hub_dataset(trainer.train_dataset),
             metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
             model_name=name if results else None,
             eval_results=results or None,
-            tags=[*data.pop("tags"), *tags],
+            tags=[*(["lora"] if lora else []), *own_tags, *tags],
+            widget=widget,
             **_license(base, is_tiny),
-            **data,
         ),
         template_str=(files("flow_trl") / "templates" / "model_card.md").read_text(encoding="utf-8"),
         model_name=name,
+        intro="A LoRA for" if lora else "A fine-tuned version of",
         base_model="flow_trl.tiny" if is_tiny else public,
-        base_is_local=base_is_local and not on_hub and not is_tiny,
-        widget=data.get("widget"),
+        base_is_local=os.path.isdir(base) and not on_hub and not is_tiny,
+        widget=widget,
         method=trainer._name,
         paper=trainer._paper,
         trainer=type(trainer).__name__,
         tables=[table.shown() for table in tables],
+        cost=cost | _hours_and_hardware(trainer),
         citation=trainer._paper.get("citation") or _citation(trainer._paper, trainer._name),
         **shown,
     )
@@ -212,7 +220,7 @@ def _card(
 def _tiny_loader(model_name: str) -> str | None:
     """Function of `flow_trl.tiny` that loads the base model, if it is one that ships with the package."""
     folder = Path(model_name)
-    return f"load_{folder.name}_pipeline" if folder.parent == Path(__file__).parent / "tiny" else None
+    return f"load_{folder.name}_pipeline" if folder.parent == TINY else None
 
 
 def _call(trainer: Any) -> str:
@@ -232,36 +240,37 @@ def _call(trainer: Any) -> str:
 
 def _pipeline_code(trainer: Any, tiny_loader: str | None) -> str:
     """How to load what was trained, and one call."""
-    repo, base, denoisers = trainer._public_repo, public_name(trainer.model_name), trainer.policy.denoisers
     kind = type(trainer.pipe)
     known = kind.__name__ if hasattr(diffusers, kind.__name__) else "DiffusionPipeline"
-    name, denoiser = next(iter(denoisers.items()))
-    is_peft = trainer.is_lora and isinstance(denoiser, PeftModel)
-    lines = [f"from diffusers import {known}"]
+    imports = [f"from diffusers import {known}"]
     if tiny_loader and trainer.is_lora:
-        plain = known in ("StableDiffusion3Pipeline", "StableDiffusionPipeline")
-        lines = [*([] if plain else lines), f"from flow_trl.tiny import {tiny_loader}"]
-        lines += ["", f"pipe = {tiny_loader}()" if plain else f"pipe = {known}(**{tiny_loader}().components)"]
+        is_as_loaded = known in ("StableDiffusion3Pipeline", "StableDiffusionPipeline")
+        imports = [*([] if is_as_loaded else imports), f"from flow_trl.tiny import {tiny_loader}"]
+        loaded = f"{tiny_loader}()" if is_as_loaded else f"{known}(**{tiny_loader}().components)"
     else:
-        lines += ["from peft import PeftModel"] if is_peft else []
-        absent = [
-            n for n, part in trainer.pipe.components.items() if part is None and n not in kind._optional_components
-        ]
-        options = "".join(f", {part}=None" for part in absent)
-        lines += ["", f'pipe = {known}.from_pretrained("{base if trainer.is_lora else repo}"{options})']
-    if is_peft:
-        lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repo}")')
-    elif trainer.is_lora and not hasattr(trainer.pipe, "load_lora_weights"):
-        file = 'weight_name="pytorch_lora_weights.safetensors"'
-        lines.append(f'pipe.{name}.load_lora_adapter("{repo}", prefix=None, {file})')
-    elif trainer.is_lora and len(denoisers) > 1:
-        other = list(denoisers)[1]
-        lines.append(f'pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")')
-        file = f'weight_name="{other}.safetensors", load_into_{other}=True'
-        lines.append(f'pipe.load_lora_weights("{repo}", {file})')
-    elif trainer.is_lora:
-        lines.append(f'pipe.load_lora_weights("{repo}")')
-    return "\n".join([*lines, _call(trainer)])
+        parts = trainer.pipe.components.items()
+        absent = [name for name, part in parts if part is None and name not in kind._optional_components]
+        source = public_name(trainer.model_name) if trainer.is_lora else trainer._public_repo
+        loaded = f'{known}.from_pretrained("{source}"{"".join(f", {name}=None" for name in absent)})'
+    lora = _lora_code(trainer) if trainer.is_lora else []
+    if any("PeftModel" in line for line in lora):
+        imports.append("from peft import PeftModel")
+    return "\n".join([*imports, "", f"pipe = {loaded}", *lora, _call(trainer)])
+
+
+def _lora_code(trainer: Any) -> list[str]:
+    """How to load the LoRA of each denoiser."""
+    repo, file = trainer._public_repo, 'weight_name="pytorch_lora_weights.safetensors"'
+    (name, denoiser), *others = trainer.policy.denoisers.items()
+    if isinstance(denoiser, PeftModel):
+        return [f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repo}")']
+    if not hasattr(trainer.pipe, "load_lora_weights"):
+        return [f'pipe.{name}.load_lora_adapter("{repo}", prefix=None, {file})']
+    if not others:
+        return [f'pipe.load_lora_weights("{repo}")']
+    other = others[0][0]
+    other_file = f'weight_name="{other}.safetensors", load_into_{other}=True'
+    return [f'pipe.load_lora_weights("{repo}", {options})' for options in (file, other_file)]
 
 
 def _rewards(trainer: Any, history: list[dict]) -> list[Table]:
@@ -272,13 +281,13 @@ def _rewards(trainer: Any, history: list[dict]) -> list[Table]:
         entries = [entry for entry in history if f"{prefix}reward" in entry]
         found = []
         for name in names:
-            values = [entry for entry in entries if prefix + name in entry]
+            key, error = prefix + name, error_name(prefix + name)
+            values = [entry for entry in entries if key in entry]
             if values:
                 plain = name.removeprefix("rewards/").removesuffix("/mean")
-                error = f"{prefix}{name.replace('/mean', '/se')}" if "/" in name else f"{prefix}reward_se"
-                result = Result(plain, plain, values[-1][prefix + name], values[-1].get(error))
+                result = Result(plain, plain, values[-1][key], values[-1].get(error))
                 if prefix and values[0]["step"] == 0 and values[-1]["step"] > 0:
-                    result.before, result.before_error = values[0][prefix + name], values[0].get(error)
+                    result.before, result.before_error = values[0][key], values[0].get(error)
                 found.append(result)
         return found
 
@@ -295,47 +304,47 @@ def _rewards(trainer: Any, history: list[dict]) -> list[Table]:
     return tables
 
 
-def _pictures(output_dir: Path, updates: int) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Pictures of a run for its card by their titles, and the entries of the gallery."""
-    grids = sorted((output_dir / "images").glob("*.png"))
-    grids = [path for path in grids if path.stem.split("-")[-1].isdigit() and int(path.stem.split("-")[-1]) <= updates]
-    evaluated = [path for path in grids if path.name.startswith("eval-")]
-    pictures, widget = {}, []
-    if evaluated:
-        for number, (image, caption) in enumerate(read_grid(evaluated[-1])[:IMAGES_IN_GALLERY]):
+def _gallery(output_dir: Path, updates: int) -> list[dict[str, Any]]:
+    """The entries of the gallery: images of the last evaluation, each as a file."""
+    widget = []
+    for grid in saved_grids(output_dir, "eval-", updates)[-1:]:
+        for number, (image, caption) in enumerate(read_grid(grid)[:IMAGES_IN_GALLERY]):
             name = f"images/sample-{number}.png"
             image.save(output_dir / name)
             widget.append({"text": caption["prompt"], "output": {"url": name}})
+    return widget
+
+
+def _pictures(output_dir: Path, updates: int) -> dict[str, str]:
+    """Pictures of a run for its card, by their titles."""
+    pictures = {}
+    grids = saved_grids(output_dir, "eval", updates) or saved_grids(output_dir, "train", updates)
+    if _compares(output_dir, updates):
+        pictures["Before and after, the same prompts and noise"] = "before_after.png"
+    elif grids:
+        pictures["Samples"] = f"images/{grids[-1].name}"
+    curves = {"Learning curve": "learning_curve.png", "Rewards that are not trained": "over_optimization.png"}
+    return pictures | {title: name for title, name in curves.items() if (output_dir / name).is_file()}
+
+
+def _compares(output_dir: Path, updates: int) -> bool:
+    """Whether there is a picture from before and after, which is drawn if the evaluations allow it."""
+    evaluated = saved_grids(output_dir, "eval-", updates)
+    if len(evaluated) < 2 or evaluated[0].name != "eval-000000.png":
+        return False
+    before, after = ([caption["prompt"] for _, caption in read_grid(path)] for path in (evaluated[0], evaluated[-1]))
+    if not before or before != after:
+        return False
     comparison = output_dir / "before_after.png"
-    comparable = len(evaluated) > 1 and int(evaluated[0].stem.split("-")[-1]) == 0
-    if comparable and [c for _, c in read_grid(evaluated[0])] and _same_prompts(evaluated[0], evaluated[-1]):
-        if not comparison.is_file() or comparison.stat().st_mtime < evaluated[-1].stat().st_mtime:
-            try:
-                save_before_and_after(output_dir, until=updates)
-            except MissingExtraError as error:
-                logger.warning("The card has no picture from before and after: %s", error)
-        if comparison.is_file():
-            pictures["Before and after, the same prompts and noise"] = "before_after.png"
-    if not pictures and grids:
-        shown = ([path for path in grids if path.name.startswith("eval")] or grids)[-1]
-        pictures["Samples"] = f"images/{shown.name}"
-    for title, name in (
-        ("Learning curve", "learning_curve.png"),
-        ("Rewards that are not trained", "over_optimization.png"),
-    ):
-        if (output_dir / name).is_file():
-            pictures[title] = name
-    return pictures, widget
+    if not comparison.is_file() or comparison.stat().st_mtime < evaluated[-1].stat().st_mtime:
+        try:
+            save_before_and_after(output_dir, until=updates)
+        except MissingExtraError as error:
+            logger.warning("The card has no picture from before and after: %s", error)
+    return comparison.is_file()
 
 
-def _same_prompts(first: Path, last: Path) -> bool:
-    prompts = [[caption["prompt"] for _, caption in read_grid(path)] for path in (first, last)]
-    return prompts[0] == prompts[1]
-
-
-def diffusion_card(
-    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-) -> ModelCard:
+def diffusion_card(trainer: Any, **given: Any) -> ModelCard:
     """
     The card of a pipeline that was trained: how to load it, gallery, rewards before and after, arguments, cost, citation, and the
     same for machines (`model-index`, base model, license).
@@ -343,12 +352,8 @@ def diffusion_card(
     Args:
         trainer ([`~trainer.diffusion_trainer.DiffusionTrainer`]):
             The trainer.
-        model_name (`str`, *optional*):
-            Name of the model. Defaults to the name of the repository or of `output_dir`.
-        dataset_name (`str`, *optional*):
-            Hub id of the data set; by default that which `train_dataset` was loaded from.
-        tags (`str` or `list[str]`, *optional*):
-            Further tags.
+        given:
+            As in [`~publishing.Publishing.create_model_card`].
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -357,67 +362,59 @@ def diffusion_card(
     updates = state.global_step
     if args.load_best_model_at_end and state.best_global_step and not trainer.is_in_train:
         updates = state.best_global_step
-    history = [entry for entry in state.log_history if entry["step"] <= updates]
-    pictures, widget = _pictures(output_dir, updates)
-    tiny_loader, denoiser = _tiny_loader(trainer.model_name), next(iter(trainer.policy.denoisers.values()))
-    hyperparameters = {"updates": updates}
-    hyperparameters |= {name: getattr(args, name) for name in ["learning_rate", *trainer._card_arguments]}
+    lora = None
     if trainer.is_lora:
+        denoiser = next(iter(trainer.policy.denoisers.values()))
         lora = denoiser.peft_config[active_adapter(denoiser)]
+    hyperparameters = _hyperparameters(trainer, updates, trainer._card_arguments, lora)
+    if lora:
         modules = lora.target_modules
-        hyperparameters["LoRA rank, alpha"] = f"{lora.r}, {lora.lora_alpha}"
         hyperparameters["LoRA target modules"] = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     weights = zip(trainer.scorer.names, trainer.scorer.weights.tolist(), strict=True)
-    cost = {
-        "denoiser evaluations": trainer._totals["total_nfe"],
-        "scored images": trainer._totals["total_reward_calls"],
-    }
+    totals, tiny_loader = trainer._totals, _tiny_loader(trainer.model_name)
     return _card(
         trainer,
         trainer.model_name,
-        model_name=model_name,
-        dataset_name=dataset_name,
-        tags=tags,
-        is_lora=trainer.is_lora,
+        lora=lora,
         is_tiny=tiny_loader is not None,
         task=_TASKS[bool(trainer._sampler.columns), trainer.policy.makes_videos],
-        tables=_rewards(trainer, history),
-        data={
-            "library_name": "diffusers",
-            "tags": [*(["lora"] if trainer.is_lora else []), "flow-trl", "reinforcement-learning", trainer._name],
-            **({"widget": widget} if widget else {}),
+        library="diffusers",
+        own_tags=["flow-trl", "reinforcement-learning", trainer._name],
+        tables=_rewards(trainer, [entry for entry in state.log_history if entry["step"] <= updates]),
+        cost={"denoiser evaluations": totals["total_nfe"], "scored images": totals["total_reward_calls"]},
+        widget=_gallery(output_dir, updates) or None,
+        shown={
+            "pictures": _pictures(output_dir, updates),
+            "code": _pipeline_code(trainer, tiny_loader),
+            "note": trainer._card_note,
+            "hyperparameters": hyperparameters,
+            "reward_weights": ", ".join(f"`{name}` {weight}" for name, weight in weights),
+            "versions": _versions("diffusers", "transformers", "peft", "torch"),
         },
-        intro="A LoRA for" if trainer.is_lora else "A fine-tuned version of",
-        images=True,
-        pictures=pictures,
-        code=_pipeline_code(trainer, tiny_loader),
-        note=trainer._card_note,
-        hyperparameters=hyperparameters,
-        reward_weights=", ".join(f"`{name}` {weight}" for name, weight in weights),
-        cost={**cost, **_hours(trainer), "hardware": _hardware(trainer)},
-        versions=_versions("diffusers", "transformers", "peft", "torch"),
+        **given,
     )
 
 
 # Language models
 
 
-def _language_code(trainer: Any, prompt: Any) -> str:
+def _language_code(trainer: Any, prompt: str | list[dict[str, str]]) -> str:
+    """How to load what was trained, and one completion."""
     repo, args = trainer._public_repo, trainer.args
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo}")')
-    lines.append(f'model = AutoModelForCausalLM.from_pretrained("{repo}")')
-    lines.append(f"prompt = {prompt!r}")
-    if isinstance(prompt, str):
-        lines.append('inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)')
-    else:
+    inputs = 'tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)'
+    if not isinstance(prompt, str):
         options = "".join(f", {name}={value!r}" for name, value in (args.chat_template_kwargs or {}).items())
-        lines.append("inputs = tokenizer.apply_chat_template(")
-        lines.append(f'    prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True{options}')
-        lines.append(")")
-    lines.append(f"output = model.generate(**inputs, do_sample=True, max_new_tokens={args.max_completion_length})")
-    lines.append('print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))')
-    return "\n".join(lines)
+        inputs = f"""tokenizer.apply_chat_template(
+    prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True{options}
+)"""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+prompt = {prompt!r}
+inputs = {inputs}
+output = model.generate(**inputs, do_sample=True, max_new_tokens={args.max_completion_length})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
 def _measures(folder: Path, trainer: Any) -> list[Table]:
@@ -426,33 +423,47 @@ def _measures(folder: Path, trainer: Any) -> list[Table]:
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         before, after = saved.get("before", {}), list(saved.values())[-1]
-        number = partial(_number, default=None)
         found = [
-            Result(key, MEASURES.get(key, key), number(value), number(after.get(f"{key}_se")), number(before.get(key)),
-                   number(before.get(f"{key}_se")))
+            Result(key, MEASURES.get(key, key), _finite(value), _finite(after.get(f"{key}_se")),
+                   _finite(before.get(key)), _finite(before.get(f"{key}_se")))
             for key, value in after.items()
-            if number(value) is not None and not key.endswith("_se") and key not in COUNTS
+            if _finite(value) is not None and not key.endswith("_se") and key not in COUNTS
         ]  # fmt: skip
         found.sort(key=lambda result: [*MEASURES, result.metric].index(result.metric))
         title = "Held out, ± standard error."
         if "bins" in after:
-            stated, total = after["num_confidences"], after["num_completions"]
-            title = f"Held out, ± standard error. {stated} of {total} completions had a confidence"
+            title += f" {after['num_confidences']} of {after['num_completions']} completions had a confidence"
             title += ", without which they do not count for ECE, AUROC and Brier score."
         return [Table(title, "measure", found, trainer.eval_dataset, "held-out problems")]
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-    names = [f"rewards/{name}/mean" for name in trainer.reward_func_names]
-    found = [Result(n, n.split("/", 1)[1].removesuffix("/mean"), logs[-1][n]) for n in names if logs and n in logs[-1]]
+    last = next((entry for entry in reversed(trainer.state.log_history) if "reward" in entry), {})
+    names = {f"rewards/{name}/mean": name for name in trainer.reward_func_names}
+    found = [Result(key, name, last[key]) for key, name in names.items() if key in last]
     return [Table("Mean over the last training completions; nothing was held out.", "reward", found)] if found else []
 
 
-def _number(value: Any, default: Any) -> Any:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else default
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def language_card(
-    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-) -> ModelCard:
+def _blocks(trainer: Any) -> list[dict[str, Any]]:
+    """Rows of the table of blocks."""
+    rows, names = [], iter(trainer.reward_func_names)
+    for block in trainer.blocks:
+        rewards = zip(islice(names, len(block.reward_funcs)), block.reward_weights, strict=True)
+        has_outcome = block.outcome and trainer.args.baseline == "outcome"
+        rows.append(
+            {
+                "name": block.name,
+                "found": ", ".join(f"`<{tag}>`" for tag in block.tags or ()) or f"`{block.pattern}`",
+                "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards),
+                "outcome": get_callable_name(block.outcome) if has_outcome else "",
+                "weight": block.weight,
+            }
+        )
+    return rows
+
+
+def language_card(trainer: Any, **given: Any) -> ModelCard:
     """
     The card of a language model that was trained in blocks: how to load it, the task and its blocks, what
     [`~evaluation.save_results`] left in `output_dir` (accuracy, calibration, how many completions had a confidence, the reliability
@@ -461,68 +472,43 @@ def language_card(
     Args:
         trainer ([`BlockwiseGRPOTrainer`]):
             The trainer.
-        model_name, dataset_name, tags:
-            As in [`diffusion_card`].
+        given:
+            As in [`~publishing.Publishing.create_model_card`].
 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    args, state, output_dir = trainer.args, trainer.state, Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    is_lora = isinstance(model, PeftModel)
-    base = (model.get_base_model() if is_lora else model).config._name_or_path or type(model).__name__
-    if is_lora:
-        lora = model.peft_config[model.active_adapter]
-    is_tiny = Path(base) == Path(__file__).parent / "tiny" / "language"
-    dataset = trainer.train_dataset if isinstance(trainer.train_dataset, datasets.Dataset) else None
-    prompt = "your prompt" if dataset is None else dataset[0]["prompt"]
-    blocks, first = [], 0
-    for block in trainer.blocks:
-        names = trainer.reward_func_names[first : first + len(block.reward_funcs)]
-        first += len(names)
-        tags_found = ", ".join(f"`<{tag}>`" for tag in block.tags or ())
-        rewards = ", ".join(f"{name} ({weight:g})" for name, weight in zip(names, block.reward_weights, strict=True))
-        outcome = block.outcome and args.baseline == "outcome"
-        blocks.append(
-            {
-                "name": block.name,
-                "found": tags_found or f"`{block.pattern}`",
-                "rewards": rewards,
-                "outcome": get_callable_name(block.outcome) if outcome else "",
-                "weight": block.weight,
-            }
-        )
-    names = ["learning_rate", "num_generations", "generation_batch_size", "num_iterations", "temperature", "beta", "epsilon",
+    lora = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    base = (model.get_base_model() if lora else model).config._name_or_path or type(model).__name__
+    dataset = trainer.train_dataset
+    prompt = dataset[0]["prompt"] if isinstance(dataset, datasets.Dataset) else "your prompt"
+    names = ["num_generations", "generation_batch_size", "num_iterations", "temperature", "beta", "epsilon",
              "loss_type", "scale_rewards", "baseline", "charge_missing", "min_stratum_size", "shrinkage", "leave_one_out",
              "max_completion_length", "seed"]  # fmt: skip
-    updates = trainer.state.global_step
-    hyperparameters = {"updates": updates} | {name: getattr(args, name) for name in names}
-    if is_lora:
-        hyperparameters["LoRA rank, alpha"] = f"{lora.r}, {lora.lora_alpha}"
-    seen = {"tokens": int(trainer.state.num_input_tokens_seen)} if trainer.state.num_input_tokens_seen else {}
-    sampled = updates * args.generation_batch_size // max(1, args.steps_per_generation * args.num_iterations)
-    pictures = {"Reliability diagram": "reliability_diagram.png"}
+    sampled = state.global_step * args.generation_batch_size // max(1, args.steps_per_generation * args.num_iterations)
+    tokens = {"tokens": int(state.num_input_tokens_seen)} if state.num_input_tokens_seen else {}
+    diagram = {"Reliability diagram": "reliability_diagram.png"}
     return _card(
         trainer,
         base,
-        model_name=model_name,
-        dataset_name=dataset_name,
-        tags=tags,
-        is_lora=is_lora,
-        is_tiny=is_tiny,
+        lora=lora,
+        is_tiny=Path(base) == TINY / "language",
         task="text-generation",
+        library="peft" if lora else "transformers",
+        own_tags=trainer._tag_names,
         tables=_measures(output_dir, trainer),
-        data={
-            "library_name": "peft" if is_lora else "transformers",
-            "tags": [*(["lora"] if is_lora else []), *trainer._tag_names],
+        cost={"sampled completions": sampled} | tokens,
+        shown={
+            "pictures": diagram if (output_dir / "reliability_diagram.png").is_file() else {},
+            "code": _language_code(trainer, prompt),
+            "example": prompt
+            if isinstance(prompt, str)
+            else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "blocks": _blocks(trainer),
+            "hyperparameters": _hyperparameters(trainer, state.global_step, names, lora),
+            "versions": _versions("trl", "transformers", "torch"),
         },
-        intro="A LoRA for" if is_lora else "A fine-tuned version of",
-        images=False,
-        pictures={title: name for title, name in pictures.items() if (output_dir / name).is_file()},
-        code=_language_code(trainer, prompt),
-        example=prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt),
-        blocks=blocks,
-        hyperparameters=hyperparameters,
-        cost={"sampled completions": sampled, **seen, **_hours(trainer), "hardware": _hardware(trainer)},
-        versions=_versions("trl", "transformers", "torch"),
+        **given,
     )

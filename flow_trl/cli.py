@@ -11,12 +11,12 @@ Arguments that no trainer knows go to `accelerate launch`; `--accelerate_config`
 """
 
 import argparse
+import inspect
 import os
 import platform
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,12 +81,10 @@ class ImageArguments:
         """The LoRA, or `None` if all weights are trained."""
         from peft import LoraConfig
 
-        rank, alpha, targets = self.lora_rank, self.lora_alpha, self.lora_target_modules
-        return (
-            LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-            if rank
-            else None
-        )
+        if not self.lora_rank:
+            return None
+        options = {"lora_alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
+        return LoraConfig(r=self.lora_rank, init_lora_weights="gaussian", **options)
 
 
 @dataclass
@@ -162,14 +160,10 @@ class Parser(TrlParser):
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         super().__init__(dataclass_types, usage="%(prog)s [--config FILE.yaml] [arguments]", **kwargs)
-        types = dataclass_types if isinstance(dataclass_types, list | tuple) else [dataclass_types]
-        own = [
-            base
-            for kind in types
-            for base in kind.__mro__
-            if base.__module__.split(".")[0] not in ("transformers", "trl")
-        ]
-        self._listed = {"help", "help_all", *USUAL}.union(*(vars(base).get("__annotations__", {}) for base in own))
+        self._listed = {"help", "help_all", *USUAL}
+        for base in {base for kind in self.dataclass_types for base in kind.__mro__}:
+            if base.__module__.split(".")[0] not in ("transformers", "trl"):
+                self._listed |= inspect.get_annotations(base).keys()
         if self.add_help:
             self.add_argument("--help-all", action=_HelpAll, help="show those of transformers and TRL too and exit")
 
@@ -238,16 +232,10 @@ def report(trainer: Any, files: str) -> None:
 
 def load_problems(arguments: TextArguments, task: Any) -> tuple[Any, Any]:
     """Training and held-out problems of a file or a data set of the Hub, made ready for a [`~tasks.Task`]."""
-    from datasets import load_dataset
+    from .prompts import load_rows, split_prompts
 
-    from .prompts import split_prompts
-
-    name = arguments.dataset_name
-    data = load_dataset("json", data_files=name) if Path(name).suffix == ".jsonl" else load_dataset(name)
-    return tuple(
-        task.prepare(part, arguments.problem_column, arguments.answer_column)
-        for part in split_prompts(data, arguments.eval_size)
-    )
+    parts = split_prompts(load_rows(arguments.dataset_name, "dataset_name"), arguments.eval_size)
+    return tuple(task.prepare(part, arguments.problem_column, arguments.answer_column) for part in parts)
 
 
 def _train_images(command: str, arguments: ImageArguments, args: Any) -> None:
@@ -265,10 +253,7 @@ def _train_images(command: str, arguments: ImageArguments, args: Any) -> None:
         peft_config=arguments.peft_config,
     )
     finish(trainer)
-    report(
-        trainer,
-        "images/, the LoRA and its card (README.md)" if trainer.is_lora else "images/, the pipeline and its card",
-    )
+    report(trainer, f"images/, the {'LoRA' if trainer.is_lora else 'pipeline'} and its card (README.md)")
 
 
 def _train_text(command: str, arguments: TaskArguments, args: Any) -> None:
@@ -323,11 +308,14 @@ def environment() -> str:
     packages = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface-hub",
                 "deepspeed", "torchao", "torchvision", "vllm", "rich")  # fmt: skip
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines = {"flow-trl": flow_trl.__version__, "Python": platform.python_version(), "platform": platform.platform()}
-    lines |= {"devices": ", ".join(devices) or f"{os.cpu_count()} CPU cores"} | {
-        name: installed(name) for name in packages
+    found = {
+        "flow-trl": flow_trl.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": ", ".join(devices) or f"{os.cpu_count()} CPU cores",
+        **{name: installed(name) for name in packages},
     }
-    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+    return "\n".join(f"- {name}: {value}" for name, value in found.items())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -352,9 +340,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     config = getattr(flow_trl, f"{TRAINERS[command][0]}Config")
     is_text = command == "blockwise_grpo"
-    parser = Parser(
-        (TaskArguments if is_text else ImageArguments, config), prog=f"flow-trl {command}", allow_abbrev=False
-    )
+    kinds = (TaskArguments if is_text else ImageArguments, config)
+    parser = Parser(kinds, prog=f"flow-trl {command}", allow_abbrev=False)
     if command in ("tdpo_r", "ddpo"):
         parser.set_defaults(lora_rank=4, lora_alpha=4, lora_target_modules=ATTENTION)
     parser.set_defaults(output_dir=f"outputs/{command}")
@@ -367,9 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         return _launch(command, argv, unknown)
     arguments, args = parser.parse_args_and_config(argv)
     sys.path.insert(0, os.getcwd())  # for dotted paths
-    needed = (
-        ("model_name_or_path", "dataset_name") if is_text else ("model_name_or_path", "dataset_name", "reward_funcs")
-    )
+    needed = ["model_name_or_path", "dataset_name", *([] if is_text else ["reward_funcs"])]
     missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} must be given (the scripts in `examples` have a tiny model of their own)")

@@ -12,9 +12,9 @@ from huggingface_hub import CommitScheduler
 from PIL import Image
 from transformers import TrainingArguments
 
-from .callbacks import FRAMES_SHOWN, caption_text, log_image, save_captions, save_image_grid
 from .conditioning import Conditioning
 from .generation import Chunk
+from .pictures import caption_text, log_image, save_image_grid
 from .rollout import Trajectory, rollout
 from .utils import check_images, import_extra, sample_generator, to_pil
 
@@ -102,11 +102,8 @@ class Evaluations:
             captions = [cell for c in captions for cell in ({"prompt": c["prompt"], "given": True}, c)]
         step = self.state.global_step
         path = Path(self.args.output_dir) / "images" / f"{name}-{step:06d}.png"
-        grid = save_image_grid(images, columns=min(8, len(images)), path=path)
-        is_video = isinstance(images[0], list)
-        frames = images[0][:FRAMES_SHOWN] if is_video else [images[0]]
-        save_captions(path, captions, columns=grid.width // (frames[0].width * len(frames)))
-        video = path.with_suffix(".gif") if is_video else None
+        grid = save_image_grid(images, min(8, len(images)), path, captions)
+        video = path.with_suffix(".gif") if isinstance(images[0], list) else None
         log_image(grid, f"images/{name}", step, self.args.report_to, self.callback_handler.callbacks, texts, video)
         return grid
 

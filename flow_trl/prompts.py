@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
+from .rewards.scene import GENEVAL_COLORS, RELATIONS
+
 
 # The 80 classes of COCO, as GenEval calls them.
 CLASSES = """\
@@ -18,8 +20,6 @@ banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couc
 laptop computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
 scissors teddy_bear hair_drier toothbrush""".split()
 CLASSES = [name.replace("_", " ") for name in CLASSES]
-COLORS = "red orange yellow green blue purple pink brown black white".split()
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # How often Flow-GRPO trains each kind (https://huggingface.co/papers/2505.05470); all are evaluated alike.
 KINDS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
@@ -44,6 +44,15 @@ a brick wall with the graffiti {}
 a red T-shirt with {} across the chest
 a museum label engraved with {}
 a bus that displays {} as its destination""".splitlines()
+
+
+_text, _counted = Value("string"), {"class": Value("string"), "count": Value("int64")}
+GENEVAL_FEATURES = Features(  # its metadata
+    prompt=_text,
+    tag=_text,
+    include=List({**_counted, "color": _text, "position": List(_text)}),
+    exclude=List(_counted),
+)
 
 
 def describe(tag: str, include: list[dict[str, Any]]) -> str:
@@ -77,18 +86,16 @@ def describe(tag: str, include: list[dict[str, Any]]) -> str:
     return "a photo of " + link.join(phrases[::-1] if tag == "position" else phrases)
 
 
-def _entry(name: str, count: int = 1, color: str | None = None, position: list[str] | None = None) -> dict[str, Any]:
-    return {"class": name, "count": count, "color": color, "position": position}
-
-
 def _scene(tag: str, rng: random.Random) -> tuple[Any, dict[str, Any]]:
     """A random row of a kind, and what is in it whatever the order."""
     colored = tag in ("colors", "color_attr")
-    names = rng.sample(
-        CLASSES[1:] if colored else CLASSES, 2 if tag in ("two_object", "position", "color_attr") else 1
-    )
-    colors = rng.sample(COLORS, len(names)) if colored else [None] * len(names)
-    include = [_entry(name, color=color) for name, color in zip(names, colors, strict=True)]
+    size = 2 if tag in ("two_object", "position", "color_attr") else 1
+    names = rng.sample(CLASSES[1:] if colored else CLASSES, size)
+    colors = rng.sample(GENEVAL_COLORS, size) if colored else [None] * size
+    include = [
+        {"class": name, "count": 1, "color": color, "position": None}
+        for name, color in zip(names, colors, strict=True)
+    ]
     exclude = None
     if tag == "counting":
         include[0]["count"] = count = rng.choice(list(NUMBERS))
@@ -118,17 +125,9 @@ def _draw(make: Callable, size: int, is_test: bool) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-_text, _number = Value("string"), Value("int64")
-_counted = {"class": _text, "count": _number}
-_GENEVAL_FEATURES = Features(
-    prompt=_text,
-    tag=_text,
-    include=List({**_counted, "color": _text, "position": List(_text)}),
-    exclude=List(_counted),
-)
 PROMPT_SETS: dict[str, Callable[[bool], Dataset]] = {
     "geneval": lambda is_test: Dataset.from_list(
-        _draw(_geneval, 600 if is_test else 5000, is_test), features=_GENEVAL_FEATURES
+        _draw(_geneval, 600 if is_test else 5000, is_test), features=GENEVAL_FEATURES
     ),
     "ocr": lambda is_test: Dataset.from_list(_draw(_ocr, 500 if is_test else 5000, is_test)),
     "animals": lambda is_test: Dataset.from_dict({"prompt": ANIMALS}),
@@ -192,37 +191,43 @@ def evaluation_prompts(name: str, size: int = 1000) -> Dataset:
     ```
     """
     data = _load(name, "prompts")
-    prompts = data["test" if "test" in data else "train"].shuffle(seed=0)
-    return prompts.select(range(min(size, len(prompts))))
+    return _some(data["test" if "test" in data else "train"], size)
 
 
 def _load(name: str, argument: str) -> dict[str, Dataset]:
     """The splits of what a name stands for, which was given as `argument`."""
-    suffix = Path(name).suffix
     if name in PROMPT_SETS:
         return {"train": PROMPT_SETS[name](False), "test": PROMPT_SETS[name](True)}
-    if suffix in (".txt", ".json", ".jsonl") and not Path(name).is_file():
+    try:
+        return load_rows(name, argument)
+    except Exception as error:
+        sets = ", ".join(PROMPT_SETS)
+        error.add_note(f"`{argument}={name!r}` is no prompt set of this library ({sets}) and no file.")
+        raise
+
+
+def load_rows(name: str, argument: str) -> dict[str, Dataset]:
+    """The splits of a file or of a data set of the Hub, which was given as `argument`."""
+    suffix = Path(name).suffix
+    if suffix not in (".txt", ".json", ".jsonl"):
+        return load_dataset(name)
+    if not Path(name).is_file():
         raise ValueError(f"`{argument}={name!r}`: there is no such file.")
     if suffix == ".txt":
         return load_dataset("text", data_files=name).rename_column("text", "prompt")
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=name)
-    try:
-        return load_dataset(name)
-    except Exception as error:
-        error.add_note(
-            f"`{argument}={name!r}` is no prompt set of this library ({', '.join(PROMPT_SETS)}) and no file."
-        )
-        raise
+    return load_dataset("json", data_files=name)
 
 
 def split_prompts(data: dict[str, Dataset], eval_size: int) -> tuple[Dataset, Dataset]:
     """The split `train`, and so many rows of the split `test`, or of `train` where there is none."""
     if "test" not in data:
-        if len(data["train"]) < 2:
-            raise ValueError(
-                f"There are {len(data['train'])} rows: at least two are needed, one of them for evaluation."
-            )
-        data = data["train"].train_test_split(test_size=max(1, min(eval_size, len(data["train"]) // 10)), seed=0)
-    test = data["test"].shuffle(seed=0)
-    return data["train"], test.select(range(min(eval_size, len(test))))
+        size = len(data["train"])
+        if size < 2:
+            raise ValueError(f"There are {size} rows: at least two are needed, one of them for evaluation.")
+        data = data["train"].train_test_split(test_size=max(1, min(eval_size, size // 10)), seed=0)
+    return data["train"], _some(data["test"], eval_size)
+
+
+def _some(prompts: Dataset, size: int) -> Dataset:
+    """At most so many, in random order, always the same."""
+    return prompts.shuffle(seed=0).select(range(min(size, len(prompts))))

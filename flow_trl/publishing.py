@@ -32,17 +32,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "training_args.yaml"
 PUBLIC_SUFFIXES = {".safetensors", ".json", ".md", ".yaml", ".txt", ".model", ".jinja", ".png", ".gif"}
-PRIVATE = [
-    "_*",
-    ".*",
-    f"{PREFIX_CHECKPOINT_DIR}-*",
-    "runs",
-    "wandb",
-    "trackio",
-    "mlruns",
-    "completions",
-    TRAINER_STATE_NAME,
-]
+PRIVATE = ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "wandb", "trackio", "mlruns", "completions",
+           TRAINER_STATE_NAME]  # fmt: skip
 SECONDS_TO_CREATE = 30.0
 _NAMES = ("name_or_path", "best_model_checkpoint")  # ends of keys whose values may be paths
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -128,22 +119,8 @@ def public_files(folder: str | Path, include: Iterable[str] = ()) -> list[Path]:
     return sorted(found)
 
 
-def stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Path], copy: bool = True) -> None:
-    """
-    Copies files of a run as they are published: cards name the repository in place of the folder, and no file has a local path.
-
-    Args:
-        folder (`str` or `Path`):
-            `output_dir` of the run.
-        target (`str` or `Path`):
-            Where to write.
-        repo (`str`):
-            Hub id.
-        files (`Iterable[Path]`):
-            The files, relative to the folder.
-        copy (`bool`, *optional*, defaults to `True`):
-            Whether large files are copied, or only linked to.
-    """
+def _stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Path], copy: bool = True) -> None:
+    """Copies or links a run's files as they are published: cards name the repository, and no file has a local path."""
     for name in files:
         source, staged = Path(folder, name), Path(target, name)
         staged.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +136,11 @@ def stage(folder: str | Path, target: str | Path, repo: str, files: Iterable[Pat
 
 
 def _for_readers(card: str, folder: Path, repo: str) -> str:
+    """A card that names the repository where it named the folder, however its path was written."""
+
     def public(match: re.Match) -> str:
-        quoted = match[1]
-        same = Path(quoted).resolve() == folder.resolve() if quoted and "\0" not in quoted else False
-        return f'"{repo}"' if same else match[0]
+        is_folder = match[1] and "\0" not in match[1] and Path(match[1]).resolve() == folder.resolve()
+        return f'"{repo}"' if is_folder else match[0]
 
     return re.sub(r'"([^"\n]*)"', public, card).replace(str(folder.resolve()), repo)
 
@@ -223,7 +201,7 @@ def publish(
         raise ValueError(f"`folder={str(folder)!r}` has no README.md: pass the `output_dir` of a run that was saved.")
     repo = HfApi().create_repo(repo, token=token, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory(dir=folder, prefix="_pushing-") as staged:
-        stage(folder, staged, repo, public_files(folder, include), copy=False)
+        _stage(folder, staged, repo, public_files(folder, include), copy=False)
         return _upload(staged, repo, message, token, revision)
 
 
@@ -242,8 +220,9 @@ class Publishing:
     training goes on where the Hub is not reached, with one warning that says how to push later.
     """
 
-    _push_failure: str | None = None
     _make_card: Callable[..., ModelCard]
+    _card_options: dict[str, Any] = {}
+    _push_failure: str | None = None
     commit_scheduler: CommitScheduler | None = None
 
     def train(self, *args, **kwargs):
@@ -272,8 +251,6 @@ class Publishing:
         if self.is_world_process_zero():
             self._make_card(self, **self._card_options).save(Path(self.args.output_dir, "README.md"))
 
-    _card_options: dict[str, Any] = {}
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository, or warns if that fails or takes longer than half a minute; a push tries again."""
         if not self.is_world_process_zero():
@@ -285,22 +262,25 @@ class Publishing:
 
     def _create_repo(self, token: str | None = None, private: bool | None = None) -> None:
         args = self.args
-        name = args.hub_model_id or Path(args.output_dir).absolute().name
         private = args.hub_private_repo if private is None else private
-        repo = HfApi().create_repo(name, token=token or args.hub_token, private=private, exist_ok=True)
+        repo = HfApi().create_repo(self._repo_name, token=token or args.hub_token, private=private, exist_ok=True)
         self.hub_model_id = repo.repo_id
+
+    @property
+    def _repo_name(self) -> str:
+        """The repository; without a namespace until it is there, if none is given."""
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     @property
     def _public_repo(self) -> str:
         """The repository as far as it is known, or else the folder."""
-        known = self.hub_model_id or self.args.hub_model_id or ""
-        return known if "/" in known else str(self.args.output_dir)
+        return self._repo_name if "/" in self._repo_name else str(self.args.output_dir)
 
     def _how_to_push(self) -> str:
-        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        folder = self.args.output_dir
         return (
-            f"Nothing is lost: what was saved is in `{self.args.output_dir}`. Push it later with `trainer.push_to_hub()`, or with "
-            f"`python -m flow_trl.publishing {self.args.output_dir} {name}`."
+            f"Nothing is lost: what was saved is in `{folder}`. Push it later with `trainer.push_to_hub()`, or with "
+            f"`python -m flow_trl.publishing {folder} {self._repo_name}`."
         )
 
     def _tell_failure(self, failed: Future | BaseException) -> None:
@@ -353,12 +333,8 @@ class Publishing:
                 Message of the commit.
             blocking (`bool`, *optional*, defaults to `True`):
                 Whether to wait until it is uploaded.
-            token (`str`, *optional*):
-                Token with write permission; defaults to `hub_token`.
-            revision (`str`, *optional*):
-                Branch to commit to; defaults to `hub_revision`.
-            private (`bool`, *optional*):
-                Whether the repository is private, if it is made; defaults to `hub_private_repo`.
+            token, revision, private (*optional*):
+                As in [`publish`]; they default to `hub_token`, `hub_revision` and `hub_private_repo`.
             include (`Iterable[str]`, *optional*):
                 Patterns of further files of `output_dir` to push, for example `["runs/*"]` for TensorBoard's.
             kwargs:
@@ -377,9 +353,11 @@ class Publishing:
         if kwargs:
             self.create_model_card(**kwargs)
         self._finish_current_push()
-        push = self._push if blocking else self._push_in_background
+        push = commit_message, token, revision or self.args.hub_revision, private, include
+        if not blocking:
+            return self._in_background(self._push, *push)
         try:
-            return push(commit_message, token, revision or self.args.hub_revision, private, include)
+            return self._push(*push)
         except Exception as error:
             error.add_note(self._how_to_push())
             raise
@@ -393,8 +371,8 @@ class Publishing:
         options = {"token": token or self.args.hub_token, "private": private, "revision": revision, "include": include}
         return publish(self.args.output_dir, self.hub_model_id, message=message, **options)
 
-    def _push_in_background(self, *args: Any) -> Future:
-        push = run_as_future(self._push, *args)
+    def _in_background(self, push: Callable, *args: Any) -> Future:
+        push = run_as_future(push, *args)
         push.add_done_callback(self._tell_failure)
         return push
 
@@ -415,12 +393,9 @@ class Publishing:
         folders = {"": self._snapshot(args.output_dir, public_files(args.output_dir))}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            files = [
-                path.relative_to(checkpoint_folder) for path in Path(checkpoint_folder).rglob("*") if path.is_file()
-            ]
-            folders[name] = self._snapshot(checkpoint_folder, files)
-        push = run_as_future(self._upload_snapshots, folders, message)
-        push.add_done_callback(self._tell_failure)
+            paths = [path for path in Path(checkpoint_folder).rglob("*") if path.is_file()]
+            folders[name] = self._snapshot(checkpoint_folder, [path.relative_to(checkpoint_folder) for path in paths])
+        push = self._in_background(self._upload_snapshots, folders, message)
         if running is None or running.is_done():
             self.push_in_progress = PushInProgress([push])
         else:
@@ -428,7 +403,7 @@ class Publishing:
 
     def _snapshot(self, folder: str, files: Iterable[Path]) -> str:
         snapshot = tempfile.mkdtemp(dir=self.args.output_dir, prefix="_pushing-")
-        stage(folder, snapshot, self._public_repo, files)
+        _stage(folder, snapshot, self._public_repo, files)
         return snapshot
 
     def _upload_snapshots(self, folders: dict[str, str], message: str) -> None:
@@ -438,7 +413,10 @@ class Publishing:
             for path_in_repo, snapshot in folders.items():
                 card = Path(snapshot, "README.md")
                 if card.is_file():  # written before the repository's name was known
-                    card.write_text(_for_readers(card.read_text(), Path(self.args.output_dir), self.hub_model_id))
+                    text = _for_readers(
+                        card.read_text(encoding="utf-8"), Path(self.args.output_dir), self.hub_model_id
+                    )
+                    card.write_text(text, encoding="utf-8")
                 _upload(
                     snapshot, self.hub_model_id, message, self.args.hub_token, self.args.hub_revision, path_in_repo
                 )

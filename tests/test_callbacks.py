@@ -1,5 +1,3 @@
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +12,10 @@ from flow_trl.callbacks import (
     LearningCurveCallback,
     OverOptimizationCallback,
     cross_reward_figure,
-    log_image,
+    reward_table,
     save_before_and_after,
-    save_captions,
-    save_image_grid,
 )
+from flow_trl.pictures import save_image_grid
 
 
 def parameters():
@@ -70,71 +67,25 @@ def test_average_goes_on_after_saving_and_loading(tmp_path):
     assert all(torch.equal(resumed.averages[name], value) for name, value in straight.averages.items())
 
 
-def tiles(count, size=(6, 4)):
-    return [Image.new("RGB", size, (10 * i, 0, 0)) for i in range(count)]
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that are to be saved, and where; they are not."""
+    figures = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **kwargs: saved.append((self, path)))
+    return saved
 
 
-@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (7, 4, 2), (8, 4, 2), (3, 8, 1)])
-def test_grid_is_filled_row_by_row(tmp_path, count, columns, rows):
-    path = tmp_path / "deep" / "grid.png"
-    save_image_grid(tiles(count), columns=columns, path=path)
-    grid = np.asarray(Image.open(path))
-    assert grid.shape == (4 * rows, 6 * columns, 3)
-    for place in range(rows * columns):
-        row, column = divmod(place, columns)
-        tile = grid[4 * row : 4 * row + 4, 6 * column : 6 * column + 6]
-        assert (tile == ((10 * place, 0, 0) if place < count else 255)).all()
-
-
-def test_grid_of_videos_has_strips_of_frames_and_moves_beside_it(tmp_path):
-    grid = save_image_grid([tiles(7), tiles(7)[::-1]], columns=8, path=tmp_path / "grid.png")
-    assert grid.size == (2 * 4 * 6, 4)
-    assert [grid.getpixel((x, 0))[0] for x in range(0, 48, 6)] == [0, 20, 40, 60, 60, 40, 20, 0]
-    with Image.open(tmp_path / "grid.gif") as moving:
-        assert (moving.size, moving.n_frames) == ((8 * 6, 4), 7)
-        for frame in range(7):
-            moving.seek(frame)
-            assert [moving.convert("RGB").getpixel((x, 0))[0] for x in (0, 6)] == [10 * frame, 60 - 10 * frame]
-    assert save_image_grid([tiles(2)] * 3, columns=2, path=tmp_path / "grid.png").size == (2 * 6, 3 * 4)
-
-
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_pictures_reach_the_tracker(monkeypatch, tracker):
-    sent = []
-    module = SimpleNamespace(
-        log=sent.append,
-        Image=lambda image, caption: ("picture", image.size, caption),
-        Video=lambda path, format: ("video", path, format),
-    )
-    monkeypatch.setitem(sys.modules, tracker, module)
-    log_image(tiles(1)[0], "images/eval", 7, [tracker], [], ["a circle", "a square"])
-    log_image(tiles(1)[0], "images/eval", 8, [tracker], [], video=Path("eval.gif"))
-    assert sent == [
-        {"images/eval": ("picture", (6, 4), "a circle\na square"), "train/global_step": 7},
-        {"images/eval": ("video", "eval.gif", "gif"), "train/global_step": 8},
-    ]
-
-
-def test_unknown_tracker_is_told(caplog):
-    log_image(tiles(1)[0], "images/eval", 7, ["swanlab"], [])
-    assert "swanlab" in caplog.text
-
-
-def test_learning_curve(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
+def test_learning_curve(tmp_path, monkeypatch, drawn):
     strict = {0: 0.0, 3: 0.2}
     history = [evaluation(0, 0.1, strict=strict[0])]
     for step in (1, 2, 3):
         history.append({"reward": step / 10, "total_nfe": 50 * step, "total_reward_calls": 5 * step, "step": step})
     history.append(evaluation(3, 0.4, strict=strict[3]))
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append((self, args)))
     args = SimpleNamespace(output_dir=str(tmp_path))
     LearningCurveCallback().on_train_end(args, TrainerState(log_history=history), None)
     LearningCurveCallback().on_evaluate(args, TrainerState(), None)  # nothing to draw yet
-    ((figure, (path,)),) = drawn
+    ((figure, path),) = drawn
     assert path == tmp_path / "learning_curve.png"
     # "trained" is the reward itself, so it has no panel of its own
     assert [axes.get_title() for axes in figure.axes] == ["trained reward", "strict"]
@@ -152,34 +103,23 @@ def test_learning_curve(tmp_path, monkeypatch):
     assert Image.open(path).size == (1056, 432)
 
 
-def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
+def test_learning_curve_leaves_out_what_is_out_of_domain(tmp_path, drawn):
     history = [{"reward": 0.2, "total_nfe": 50, "total_reward_calls": 5, "step": 1}, evaluation(1, 0.3, hps=70.0)]
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
     for names in (["hps"], None):
         args = SimpleNamespace(output_dir=str(tmp_path), out_of_domain_rewards=names)
         LearningCurveCallback().on_evaluate(args, TrainerState(log_history=history), None)
-    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    titles = [[axes.get_title() for axes in figure.axes] for figure, _ in drawn]
     assert titles == [["trained reward"], ["trained reward", "hps"]]
 
 
 @pytest.mark.parametrize("count", [3, 10])
-def test_before_and_after(tmp_path, monkeypatch, count):
+def test_before_and_after(tmp_path, drawn, count):
     """Each image is cut out of its grid, scored, and marked as right, wrong or with its score."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
     for step, base in ((0, 0), (2, 100), (7, 200)):
         images = [Image.new("RGB", (4, 4), (base + i, 0, 0)) for i in range(count)]
         path = tmp_path / "images" / f"eval-{step:06d}.png"
-        save_image_grid(images, columns=min(8, count), path=path)
         captions = [{"prompt": f"a photo of {i} things", "reward": step + i / 100} for i in range(count)]
-        save_captions(path, captions, columns=min(8, count))
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+        save_image_grid(images, min(8, count), path, captions)
     seen = []
 
     def score(images):
@@ -189,14 +129,15 @@ def test_before_and_after(tmp_path, monkeypatch, count):
     save_before_and_after(tmp_path, score)
     save_before_and_after(tmp_path, until=6)
     assert seen == [list(range(count)), list(range(200, 200 + count))]
-    marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure in drawn]
+    marks = [[axes.get_xlabel() for axes in figure.axes if axes.images] for figure, _ in drawn]
+    first = drawn[0][0].axes
     # Rows of panels: before and after of the first eight, then of the others
     blocks = [range(first, min(first + 8, count)) for first in range(0, count, 8)]
     assert marks[0] == [["wrong", "right", "0.25"][i % 3] for block in blocks for _ in range(2) for i in block]
     assert marks[1] == [f"{step + i / 100:.3g}" for block in blocks for step in (0, 2) for i in block]
-    shown = [axes.images[0].get_array()[0, 0, 0] for axes in drawn[0].axes if axes.images]
+    shown = [axes.images[0].get_array()[0, 0, 0] for axes in first if axes.images]
     assert shown == [base + i for block in blocks for base in (0, 200) for i in block]
-    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    titles = [axes.get_title() for axes in first if axes.get_title()]
     assert titles == [f"{i} things" for i in range(count)]
 
 
@@ -206,6 +147,20 @@ def evaluation(step, reward, **others):
     for name, value in others.items():
         entry |= {f"eval_rewards/{name}/mean": value, f"eval_rewards/{name}/se": abs(value) / 10}
     return entry
+
+
+def test_table_of_rewards_has_what_was_evaluated_before_and_after():
+    first, last = (
+        evaluation(0, 0.5, hps=1.0),
+        evaluation(4, 0.75, hps=2.0, late=0.5),
+    )  # `late` applied to no image at first
+    for entry in (first, last):
+        entry["eval_rewards/trained/se"] = 0.1
+    rows = [line.strip("| ").split() for line in reward_table([first, {"reward": 1.0}, last]).splitlines()[2:]]
+    assert [(row[0], *row[2::2]) for row in rows] == [
+        ("trained", "0.500", "0.750", "+0.250", "+1.8"),
+        ("hps", "1.000", "2.000", "+1.000", "+4.5"),
+    ]
 
 
 def over_optimize(tmp_path, entries, names=("hps",), stop_after_fall=None, history=()):

@@ -4,11 +4,10 @@ import sys
 import pytest
 
 from flow_trl import tiny
-from flow_trl.cli import TRAINERS, Parser, main
+from flow_trl.cli import TRAINERS, ImageArguments, Parser, TextArguments, load_problems, main
 
 
-def words(text):
-    return " ".join(text.split())
+PLAIN = "--use_cpu --report_to none --save_strategy no --output_dir out".split()
 
 
 def test_commands(capsys):
@@ -63,17 +62,10 @@ def rewards(tmp_path, monkeypatch):
 def test_pipeline(rewards, capsys):
     config = rewards / "run.yaml"
     config.write_text("max_steps: 1\nnum_generations: 4\ngeneration_batch_size: 8\nper_device_train_batch_size: 4\n")
-    arguments = ["--config", str(config), "--model_name_or_path", str(tiny.FLOW_FOLDER), "--dataset_name", "animals"]
-    arguments += ["--reward_funcs", "my_rewards.darkness", "--num_inference_steps", "2", "--guidance_scale", "1"]
-    arguments += [
-        "--pipeline_kwargs",
-        '{"max_sequence_length": 0}',
-        "--eval_num_inference_steps",
-        "1",
-        "--eval_size",
-        "4",
-    ]
-    main(["tp_grpo", *arguments, "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--output_dir", "out"])
+    arguments = f"--config {config} --model_name_or_path {tiny.FLOW_FOLDER} --dataset_name animals --eval_size 4"
+    arguments += " --reward_funcs my_rewards.darkness --num_inference_steps 2 --eval_num_inference_steps 1"
+    arguments += ' --guidance_scale 1 --pipeline_kwargs {"max_sequence_length":0}'
+    main(["tp_grpo", *arguments.split(), *PLAIN])
     assert "| darkness " in capsys.readouterr().out
     tiny.load_flow_pipeline().load_lora_weights(rewards / "out")
 
@@ -81,21 +73,18 @@ def test_pipeline(rewards, capsys):
 def test_language_model(rewards, capsys):
     rows = [{"problem": f"{a}*{a + 1}=?", "answer": a * (a + 1)} for a in range(11, 23)]
     (rewards / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--model_name_or_path", str(tiny.LANGUAGE_FOLDER), "--dataset_name", "problems.jsonl"]
-    arguments += ["--task", "my_rewards.exact_task", "--max_steps", "1", "--num_generations", "4", "--use_cpu"]
-    arguments += [
-        "--per_device_train_batch_size",
-        "8",
-        "--max_completion_length",
-        "16",
-        "--bf16",
-        "False",
-        "--logging_steps",
-        "1",
-    ]
-    main(["blockwise_grpo", *arguments, "--report_to", "none", "--save_strategy", "no", "--output_dir", "out"])
+    arguments = (
+        f"--model_name_or_path {tiny.LANGUAGE_FOLDER} --dataset_name problems.jsonl --task my_rewards.exact_task"
+    )
+    arguments += " --max_steps 1 --num_generations 4 --per_device_train_batch_size 8 --max_completion_length 16"
+    main(["blockwise_grpo", *arguments.split(), "--bf16", "False", "--logging_steps", "1", *PLAIN])
     assert "solution" in capsys.readouterr().out
     tiny.load_language_model(rewards / "out")
+
+
+def test_problems_that_are_not_there():
+    with pytest.raises(ValueError, match="`dataset_name='absent.jsonl'`: there is no such file"):
+        load_problems(TextArguments(dataset_name="absent.jsonl"), task=None)
 
 
 def test_dotted_paths_that_lead_nowhere(rewards):
@@ -108,8 +97,6 @@ def test_dotted_paths_that_lead_nowhere(rewards):
 
 
 def test_a_parser_of_one_class_reads_what_others_leave():
-    from flow_trl.cli import ImageArguments
-
     parser = Parser(ImageArguments, add_help=False)
     arguments, rest = parser.parse_args_and_config(["--eval_size", "3", "--help-all"], return_remaining_strings=True)
     assert arguments.eval_size == 3 and rest == ["--help-all"]

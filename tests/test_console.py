@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
-from flow_trl.console import Column, ConsoleCallback, Plain, Rich, _inline, duration, number
+from flow_trl.console import Column, ConsoleCallback, duration, number
+from flow_trl.screens import Plain, Rich, _inline
 from tests.trainer import runs, text_runs
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from flow_trl import publishing
-from flow_trl.publishing import public_config, public_files, public_name, stage
+from flow_trl.publishing import _stage, public_config, public_files, public_name
 from tests import pipelines
 from tests.trainer import runs, text_runs
 
@@ -139,14 +139,8 @@ def test_pushing_while_training(tmp_path, hub, strategy):
 
 
 def test_pushing_a_language_model_while_training(tmp_path, hub):
-    trainer = text_runs.make_trainer(
-        tmp_path / "run",
-        push_to_hub=True,
-        hub_strategy="checkpoint",
-        save_strategy="steps",
-        save_steps=1,
-        hub_token=TOKEN,
-    )
+    options = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
+    trainer = text_runs.make_trainer(tmp_path / "run", hub_token=TOKEN, **options)
     trainer.train()
     files = published(hub, "me/run")
     expected = {"README.md", "training_args.yaml", "config.json", "model.safetensors", "tokenizer.json"}
@@ -183,9 +177,8 @@ def test_only_what_users_need_goes_up(tmp_path, hub):
     repo = hub.repos["me/run"].files
     assert not [name for name in repo if name.endswith((".bin", ".pt", ".pth", ".pkl", ".parquet"))]
     assert not [name for name in repo if "checkpoint" in name or "events" in name or name.startswith(("runs", "_"))]
-    assert {"before_after.png", "images/eval-000002.png", "images/sample-0.png", "transformer/config.json"} <= set(
-        repo
-    )
+    pictures = {"before_after.png", "images/eval-000002.png", "images/sample-0.png"}
+    assert pictures | {"transformer/config.json"} <= set(repo)
     for name, data in repo.items():
         assert TOKEN.encode() not in data and str(tmp_path).encode() not in data, name
     assert "secret-folder" not in repo["README.md"].decode()
@@ -285,12 +278,8 @@ def test_names_without_paths(name, expected, monkeypatch):
 
 
 def test_configuration_without_secrets(tmp_path):
-    config = runs.make_config(
-        tmp_path,
-        hub_token=TOKEN,
-        model_init_kwargs={"token": TOKEN, "variant": "fp16"},
-        negative_prompt=f"not {TOKEN}",
-    )
+    options = {"model_init_kwargs": {"token": TOKEN, "variant": "fp16"}, "negative_prompt": f"not {TOKEN}"}
+    config = runs.make_config(tmp_path, hub_token=TOKEN, **options)
     public = public_config(config)
     assert public["model_init_kwargs"] == {"variant": "fp16"}
     assert public["negative_prompt"] == "not <token>"
@@ -308,11 +297,9 @@ def test_files_that_name_their_base_name_no_path(tmp_path):
     (folder / "notes.log").touch()
     files = public_files(folder)
     assert [str(file) for file in files] == ["README.md", "adapter_config.json", "tokenizer.json"]
-    stage(folder, target, "me/run", files)
-    assert json.loads((target / "adapter_config.json").read_text()) == {
-        "base_model_name_or_path": tmp_path.name,
-        "r": 4,
-    }
+    _stage(folder, target, "me/run", files)
+    adapter = json.loads((target / "adapter_config.json").read_text())
+    assert adapter == {"base_model_name_or_path": tmp_path.name, "r": 4}
     assert (target / "README.md").read_text().startswith('load("me/run") and')
     assert (target / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 

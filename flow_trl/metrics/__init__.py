@@ -57,18 +57,7 @@ def load(name: str, **kwargs: Any) -> "evaluate.EvaluationModule":
 
 
 def check_samples(n: int, groups: Sequence[Hashable] | None = None) -> None:
-    """
-    Raises if there is nothing to evaluate, or if the groups are not those of the samples.
-
-    Args:
-        n (`int`):
-            Number of samples.
-        groups (`Sequence`, *optional*):
-            What each belongs to.
-
-    Raises:
-        ValueError: if there are no samples, or not as many groups.
-    """
+    """Raises a `ValueError` if none of `n` samples is there to evaluate, or if there are not as many groups."""
     if n == 0:
         raise ValueError("`predictions` is empty: there is nothing to evaluate.")
     if groups is not None and len(groups) != n:

@@ -20,28 +20,7 @@ if TYPE_CHECKING:
 
 
 def space_files(name: str, requirement: str = "flow-trl") -> dict[str, bytes]:
-    """
-    The files of a metric's Space.
-
-    Args:
-        name (`str`):
-            Name of a metric.
-        requirement (`str`, *optional*, defaults to `"flow-trl"`):
-            What `pip` is to install for flow-trl, such as `"flow-trl @ git+https://..."`.
-
-    Returns:
-        `dict[str, bytes]`: contents by file name.
-
-    Raises:
-        ValueError: if there is no such metric.
-
-    Example:
-
-    ```python
-    >>> sorted(space_files("calibration"))
-    ['README.md', 'app.py', 'calibration.py', 'requirements.txt', 'tests.py']
-    ```
-    """
+    """The files of a metric's Space by their names, for [`push`]; raises a `ValueError` if there is no such metric."""
     if name not in NAMES:
         raise ValueError(f"`names` holds {name!r}, which is no metric. There are {', '.join(map(repr, NAMES))}.")
     files = {path.name: path.read_bytes() for path in (FOLDER / name).iterdir() if path.is_file()}

@@ -52,6 +52,7 @@ class Detection:
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
+RELATIONS = ("left of", "right of", "above", "below")
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 # GenEval's colours, the phrases by which CLIP tells them, and what an object's surroundings are painted over with.
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..rewards.scene import relations
+from ..rewards.scene import RELATIONS, relations
 
 
 SIZE = 32
@@ -20,7 +20,6 @@ COLORS = {
     "purple": (150, 50, 190),
     "black": (30, 30, 30),
 }
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _SCALE = 4  # shapes are drawn this much larger and averaged down, for smooth edges
@@ -30,37 +29,32 @@ def _entry(shape: str, count: int = 1, color: str | None = None, position: list[
     return {"class": shape, "count": count, "color": color, "position": position}
 
 
-def _phrase(entry: dict[str, Any]) -> str:
-    words = [NUMBERS[entry["count"]], entry["color"], entry["class"] + "s" * (entry["count"] > 1)]
-    return " ".join(word for word in words if word)
-
-
 def _scene_rows() -> list[tuple[tuple, dict[str, Any]]]:
     """All scenes as (content, row): rows that describe the same content in another order share the first item."""
+    from ..prompts import describe
+
     scenes = []
     some_color = (None, *COLORS)
     for shape, count, color in itertools.product(SHAPES, NUMBERS, some_color):
         tag = "counting" if count > 1 else "colors" if color else "single_object"
-        scenes.append((tag, [_entry(shape, count, color)], " "))
+        scenes.append((tag, [_entry(shape, count, color)]))
     pairs = [p for p in itertools.permutations(itertools.product(SHAPES, some_color), 2) if p[0][0] != p[1][0]]
     for (shape, color), (other, other_color) in pairs:
         tag = "color_attr" if color or other_color else "two_object"
-        scenes.append((tag, [_entry(shape, 1, color), _entry(other, 1, other_color)], " and "))
+        scenes.append((tag, [_entry(shape, 1, color), _entry(other, 1, other_color)]))
         for counts in ((1, 2), (2, 1), (2, 2)):
             include = [_entry(shape, counts[0], color), _entry(other, counts[1], other_color)]
-            scenes.append(("counting", include, " and "))
+            scenes.append(("counting", include))
         for relation in RELATIONS:
             include = [_entry(other, 1, other_color), _entry(shape, 1, color, [relation, "0"])]
-            scenes.append(("position", include, f" {relation} "))
+            scenes.append(("position", include))
     rows = []
-    for tag, include, link in scenes:
-        mentioned = include[::-1] if tag == "position" else include
+    for tag, include in scenes:
         things = [(e["class"], e["count"], e["color"] or "") for e in include]
         relation = include[-1]["position"][0] if tag == "position" else ""
         content = min((tag, *things, relation), (tag, *things[::-1], _OPPOSITE.get(relation, "")))
         exclude = [{"class": e["class"], "count": e["count"] + 1} for e in include] if tag == "counting" else None
-        prompt = "a photo of " + link.join(_phrase(e) for e in mentioned)
-        rows.append((content, {"prompt": prompt, "tag": tag, "include": include, "exclude": exclude}))
+        rows.append((content, {"prompt": describe(tag, include), "tag": tag, "include": include, "exclude": exclude}))
     return rows
 
 
@@ -114,16 +108,14 @@ def load_prompts(name: str, split: str = "train"):
         raise ValueError(f'`split` is {split!r}: it must be "train" or "test".')
     if name not in ("scenes", "words"):
         raise ValueError(f'`name` is {name!r}: it must be "scenes" or "words".')
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, Value
 
-    text, number = Value("string"), Value("int64")
+    from ..prompts import GENEVAL_FEATURES
+
     if name == "words":
-        rows, share, features = _word_rows(), 0.2, Features(prompt=text, text=text)
+        rows, share, features = _word_rows(), 0.2, Features(prompt=Value("string"), text=Value("string"))
     else:
-        rows, share = _scene_rows(), 0.45
-        include = List({"class": text, "count": number, "color": text, "position": List(text)})
-        exclude = List({"class": text, "count": number})
-        features = Features(prompt=text, tag=text, include=include, exclude=exclude)
+        rows, share, features = _scene_rows(), 0.45, GENEVAL_FEATURES
     rng = random.Random(0)
     contents: dict[str, list] = {}  # by tag; words have none
     for content in dict.fromkeys(content for content, _ in rows):

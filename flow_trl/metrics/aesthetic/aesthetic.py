@@ -11,33 +11,9 @@ _DESCRIPTION = """\
 Says how beautiful people find images, whatever their prompts, by LAION's predictor on CLIP embeddings.
 """
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[PIL.Image.Image]`):
-        Images of any size, or their paths.
-    groups (`list`, *optional*):
-        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
-        their resemblance. By default the images count as independent.
-    options (*optional*):
-        Arguments of `flow_trl.rewards.clip.AestheticScore`: `model` and `processor` (Hub ids or folders), `head` (its weights),
-        `device`, `batch_size`.
-
-Returns:
-    `dict`:
-
-    - `aesthetic` (`float`): mean over images, between 4 and 7 for most.
-    - `aesthetic_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
-    - `scores` (`list[float]`): the score of each image.
-
-Raises:
-    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
-
-Examples:
-
-    >>> aesthetic = flow_trl.metrics.load("aesthetic")
-    >>> results = aesthetic.compute(predictions=[image])
-    >>> results["aesthetic"], results["scores"]
-"""
+_KWARGS_DESCRIPTION = images.inputs_of_reward(
+    "aesthetic", "AestheticScore", "between 4 and 7 for most", "`head` (its weights), ", has_prompts=False
+)
 
 _CITATION = """\
 @misc{schuhmann2022aesthetic,

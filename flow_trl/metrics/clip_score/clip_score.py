@@ -11,35 +11,7 @@ Says how well images agree with their prompts, by a CLIP model: 100 times the co
 (CLIPScore).
 """
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[PIL.Image.Image]`):
-        Images of any size, or their paths.
-    references (`list[str]`):
-        The prompt of each image.
-    groups (`list`, *optional*):
-        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
-        their resemblance. By default the images count as independent.
-    options (*optional*):
-        Arguments of `flow_trl.rewards.clip.ClipScore`: `model` and `processor` (Hub ids or folders),
-        `device`, `batch_size`.
-
-Returns:
-    `dict`:
-
-    - `clip_score` (`float`): mean over images, in [0, 100].
-    - `clip_score_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
-    - `scores` (`list[float]`): the score of each image.
-
-Raises:
-    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
-
-Examples:
-
-    >>> clip_score = flow_trl.metrics.load("clip_score")
-    >>> results = clip_score.compute(predictions=[image], references=["a photo of a red square"])
-    >>> results["clip_score"], results["scores"]
-"""
+_KWARGS_DESCRIPTION = images.inputs_of_reward("clip_score", "ClipScore", "in [0, 100]")
 
 _CITATION = """\
 @inproceedings{hessel2021clipscore,

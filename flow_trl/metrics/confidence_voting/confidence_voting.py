@@ -104,8 +104,7 @@ class ConfidenceVoting(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, confidences, correct=None, k=(1,)):
-        if len(predictions) == 0:
-            raise ValueError("`predictions` is empty: there is nothing to evaluate.")
+        metrics.check_samples(len(predictions))
         if correct is None:
             correct = [[answer == gold for answer in row] for row, gold in zip(predictions, references, strict=True)]
         if len(correct) != len(predictions):
@@ -134,9 +133,7 @@ def _scores(answers, confidences, correct, k, index):
             raise ValueError(f"`confidences[{index}]` holds {weight}: a confidence is in [0, 1], or None.")
     right = [float(bool(answer) and bool(is_right)) for answer, is_right in zip(answers, correct, strict=True)]
     c = int(sum(right))
-    scores = {}
-    for size in k:
-        scores[f"pass@{size}"] = metrics.pass_at_k(n, c, size)
+    scores = {f"pass@{size}": metrics.pass_at_k(n, c, size) for size in k}
 
     samples = [i for i, answer in enumerate(answers) if answer]
     votes = defaultdict(list)
@@ -144,11 +141,10 @@ def _scores(answers, confidences, correct, k, index):
         votes[answers[i]].append(i)
     # Samples of equal answers may differ in `correct`, which may look at more than the answer.
     accuracies = [math.fsum(right[i] for i in voters) / len(voters) for voters in votes.values()]
+    confidence = [math.fsum(weights[i] for i in voters) for voters in votes.values()]
     scores["majority"] = _choose([len(voters) for voters in votes.values()], accuracies)
     scores["highest_confidence"] = _choose([weights[i] for i in samples], [right[i] for i in samples])
-    scores["weighted_majority"] = _choose(
-        [math.fsum(weights[i] for i in voters) for voters in votes.values()], accuracies
-    )
+    scores["weighted_majority"] = _choose(confidence, accuracies)
     return scores
 
 

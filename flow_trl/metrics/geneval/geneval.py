@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flow_trl.metrics import check_samples, images, summarize
+from flow_trl.prompts import GENEVAL_FEATURES
 from flow_trl.rewards import get_reward_func, import_dotted
 from flow_trl.rewards.scene import SceneReward
 
@@ -63,13 +64,7 @@ _CITATION = """\
 }
 """
 
-_object = {"class": datasets.Value("string"), "count": datasets.Value("int64")}
-_placed = {"color": datasets.Value("string"), "position": datasets.List(datasets.Value("string"))}
-METADATA = {
-    "tag": datasets.Value("string"),
-    "include": datasets.List({**_object, **_placed}),
-    "exclude": datasets.List(_object),
-}
+METADATA = {name: GENEVAL_FEATURES[name] for name in ("tag", "include", "exclude")}
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -133,9 +128,9 @@ def _whole(row):
     include = []
     for entry in row["include"]:
         position = entry.get("position")
-        include.append({name: entry.get(name) for name in (*_object, *_placed)})
+        include.append({name: entry.get(name) for name in ("class", "count", "color", "position")})
         include[-1]["position"] = None if position is None else list(map(str, position))
-    exclude = [{name: entry[name] for name in _object} for entry in row.get("exclude") or []]
+    exclude = [{name: entry[name] for name in ("class", "count")} for entry in row.get("exclude") or []]
     return {"tag": row["tag"], "include": include, "exclude": exclude}
 
 

@@ -83,11 +83,7 @@ class OCRAccuracy(images.EitherFormat):
         if isinstance(predictions[0], Image.Image):
             predictions = _reader().read(predictions)
         for index, reading in enumerate(predictions):
-            if (
-                reading is None
-                or Path(reading).suffix.lower() in Image.registered_extensions()
-                and Path(reading).is_file()
-            ):
+            if reading is None or _is_image_file(Path(reading)):
                 raise ValueError(
                     f"`predictions[{index}]` is {reading!r}, which is no reading: pass what was read, or open images."
                 )
@@ -102,6 +98,10 @@ class OCRAccuracy(images.EitherFormat):
         for name, values in scores.items():
             results |= summarize(name, values, groups)
         return results | {"readings": list(predictions)}
+
+
+def _is_image_file(path):
+    return path.suffix.lower() in Image.registered_extensions() and path.is_file()
 
 
 @cache

@@ -10,35 +10,7 @@ _DESCRIPTION = """\
 Says how much people would prefer images for their prompts, by a CLIP model that was trained on such choices (PickScore).
 """
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[PIL.Image.Image]`):
-        Images of any size, or their paths.
-    references (`list[str]`):
-        The prompt of each image.
-    groups (`list`, *optional*):
-        Names the prompt of each image, where there are several images for a prompt. The standard errors then allow for
-        their resemblance. By default the images count as independent.
-    options (*optional*):
-        Arguments of `flow_trl.rewards.clip.PickScore`: `model` and `processor` (Hub ids or folders),
-        `device`, `batch_size`.
-
-Returns:
-    `dict`:
-
-    - `pickscore` (`float`): mean over images, around 20 for most.
-    - `pickscore_se` (`float`): its standard error, std / sqrt(n) unless there are `groups`. `None` for one image or group.
-    - `scores` (`list[float]`): the score of each image.
-
-Raises:
-    ValueError: if there are no images, if the inputs differ in length, or if no model can be loaded.
-
-Examples:
-
-    >>> pickscore = flow_trl.metrics.load("pickscore")
-    >>> results = pickscore.compute(predictions=[image], references=["a photo of a red square"])
-    >>> results["pickscore"], results["scores"]
-"""
+_KWARGS_DESCRIPTION = images.inputs_of_reward("pickscore", "PickScore", "around 20 for most")
 
 _CITATION = """\
 @inproceedings{kirstain2023pickapic,
