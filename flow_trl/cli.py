@@ -11,6 +11,7 @@ Arguments that no trainer knows go to `accelerate launch`; `--accelerate_config`
 """
 
 import argparse
+import difflib
 import inspect
 import os
 import platform
@@ -181,6 +182,15 @@ class Parser(TrlParser):
         return text
 
 
+def method_parser(method: str, *kinds: type, **kwargs: Any) -> Parser:
+    """A parser of classes of arguments and of a method's config, with the defaults of that method."""
+    parser = Parser((*kinds, getattr(flow_trl, f"{TRAINERS[method][0]}Config")), allow_abbrev=False, **kwargs)
+    if method in ("tdpo_r", "ddpo"):
+        parser.set_defaults(lora_rank=4, lora_alpha=4, lora_target_modules=ATTENTION)
+    parser.set_defaults(output_dir=f"outputs/{method}")
+    return parser
+
+
 class _HelpAll(argparse._HelpAction):
     """Prints the help with every argument."""
 
@@ -281,11 +291,18 @@ def _train_text(command: str, arguments: TaskArguments, args: Any) -> None:
         trainer.push_to_hub()
 
 
-def _launch(command: str, argv: list[str], unknown: list[str]) -> None:
+def _launch(command: str, parser: Parser, argv: list[str], unknown: list[str]) -> None:
     """Runs a command in as many processes as `accelerate launch` makes of the arguments that no trainer knows."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    launcher = launch_command_parser()
+    names = ["--accelerate_config", *launcher._option_string_actions]
+    for name in (argument.partition("=")[0] for argument in unknown):
+        if name.startswith("-") and name not in names:
+            near = difflib.get_close_matches(name, [*parser._option_string_actions, *names], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "`--help-all` shows every argument."
+            parser.error(f"neither the trainer nor `accelerate launch` has an argument {name}; {remedy}")
     known, rest = [], list(unknown)
     for argument in argv:
         if rest and argument == rest[0]:
@@ -293,7 +310,7 @@ def _launch(command: str, argv: list[str], unknown: list[str]) -> None:
         else:
             known.append(argument)
     launched = [*resolve_accelerate_config_argument(unknown), "--module", "flow_trl.cli", command, *known]
-    launch_command(launch_command_parser().parse_args(launched))
+    launch_command(launcher.parse_args(launched))
 
 
 def environment() -> str:
@@ -338,20 +355,16 @@ def main(argv: list[str] | None = None) -> None:
         if command not in ("--help", "-h"):
             raise SystemExit(f"flow-trl: there is no command {command!r}")
         return
-    config = getattr(flow_trl, f"{TRAINERS[command][0]}Config")
     is_text = command == "blockwise_grpo"
-    kinds = (TaskArguments if is_text else ImageArguments, config)
-    parser = Parser(kinds, prog=f"flow-trl {command}", allow_abbrev=False)
-    if command in ("tdpo_r", "ddpo"):
-        parser.set_defaults(lora_rank=4, lora_alpha=4, lora_target_modules=ATTENTION)
-    parser.set_defaults(output_dir=f"outputs/{command}")
+    parser = method_parser(command, TaskArguments if is_text else ImageArguments, prog=f"flow-trl {command}")
+    argv = [part for one in argv for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
     without_file = list(argv)
     if "--config" in argv:
         del without_file[argv.index("--config") : argv.index("--config") + 2]
     unknown = parser.parse_known_args(without_file)[1]
     is_launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not is_launched and (unknown or torch.cuda.device_count() > 1):
-        return _launch(command, argv, unknown)
+        return _launch(command, parser, argv, unknown)
     arguments, args = parser.parse_args_and_config(argv)
     sys.path.insert(0, os.getcwd())  # for dotted paths
     needed = ["model_name_or_path", "dataset_name", *([] if is_text else ["reward_funcs"])]

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from trl import TrlParser
 
+from .cli import ImageArguments, method_parser
 from .loading import load_pipeline, model_name, prepare_denoisers
 from .policy import PipelinePolicy
 from .stand_ins import Encoded, mode_of
@@ -560,34 +561,27 @@ def plan(
 
 @dataclass
 class ScriptArguments:
-    """Arguments of `python -m flow_trl.plan`, beside those of the method's config; see [`plan`]."""
+    """Arguments of `python -m flow_trl.plan`, beside those of `flow-trl`; see [`plan`]."""
 
-    model_name_or_path: str = field(metadata={"help": "Pipeline: Hub id or folder."})
     method: str = field(default="tp_grpo", metadata={"help": "Trainer.", "choices": list(METHODS)})
     num_gpus: int = field(default=1, metadata={"help": "Number of GPUs."})
     engine: str = field(default="ddp", metadata={"help": "What shares the work.", "choices": list(ENGINES)})
     gpu: str = field(default="H100", metadata={"help": "GPU, for the hours.", "choices": list(GPUS)})
     efficiency: float = field(default=0.4, metadata={"help": "Share of the GPU's peak that is assumed."})
     precision: str = field(default="bf16", metadata={"help": "Precision.", "choices": ["bf16", "fp32"]})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Modules with a LoRA."}
-    )
 
 
 def main() -> None:
     # The method decides the arguments, so it is read first.
     arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
-    parser = TrlParser((ScriptArguments, METHODS[arguments.method]))
+    parser = method_parser(arguments.method, ScriptArguments, ImageArguments)
     parser.set_defaults(output_dir="outputs/plan", use_cpu=True, report_to="none")
-    arguments, args = parser.parse_args_and_config()
-    peft_config = None
-    if arguments.lora_rank:
-        targets = {"lora_alpha": arguments.lora_alpha, "target_modules": arguments.lora_target_modules}
-        peft_config = LoraConfig(r=arguments.lora_rank, **targets)
+    arguments, trained, args = parser.parse_args_and_config()
+    if trained.model_name_or_path is None:
+        parser.error("--model_name_or_path must be given")
     options = {name: getattr(arguments, name) for name in ("num_gpus", "engine", "gpu", "efficiency")}
-    print(plan(arguments.model_name_or_path, args, peft_config, bf16=arguments.precision == "bf16", **options))
+    bf16 = arguments.precision == "bf16"
+    print(plan(trained.model_name_or_path, args, trained.peft_config, bf16=bf16, **options))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,29 @@ def test_what_is_missing_is_named(capsys):
     assert "--model_name_or_path, --reward_funcs must be given" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argument, remedy",
+    [
+        ("--learning_rat", "did you mean --learning_rate?"),
+        ("--num_proceses=2", "--num_processes?"),
+        ("-xyz", "--help-all"),
+    ],
+)
+def test_an_argument_that_nobody_has_is_named(argument, remedy, capsys):
+    with pytest.raises(SystemExit):
+        main(["tp_grpo", argument, "3"])
+    error = capsys.readouterr().err
+    assert f"an argument {argument.partition('=')[0]};" in error and remedy in error
+
+
+def test_a_file_of_arguments(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("dataset_name: ocr")
+    for given in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
+        with pytest.raises(SystemExit):
+            main(["tp_grpo", *given])
+        assert "error: --model_name_or_path, --reward_funcs must be given" in capsys.readouterr().err
+
+
 @pytest.fixture
 def rewards(tmp_path, monkeypatch):
     """A module in the folder in which the command is run."""

@@ -125,7 +125,7 @@ def test_command_line_reads_no_weights(tmp_path, monkeypatch, capsys):
             os.symlink(path, tmp_path / path.name)
     assert not list(tmp_path.rglob("*.safetensors"))
     (tmp_path / "run.yaml").write_text(
-        json.dumps({"num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}})
+        json.dumps({"reward_funcs": ["ocr"], "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}})
     )
     options = ["--model_name_or_path", str(tmp_path), "--config", str(tmp_path / "run.yaml"), "--engine", "fsdp2"]
     options += ["--num_gpus", "8", "--gpu", "A100", "--max_steps", "100", "--guidance_scale", "1"]
