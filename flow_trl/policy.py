@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .conditioning import Batch, Conditioning, NoRows, Row, each, find_rows, fits, has_padding, split_rows, with_masks
+from .conditioning import Batch, Conditioning, NoRows, Row, find_rows, fits, has_padding, split_rows, with_masks
 from .stand_ins import (
     Encoded,
     Experts,
@@ -88,8 +89,8 @@ def _quiet():
             library.set_verbosity(verbosity)
 
 
-def _inverted(value: Any) -> Any:
-    return Image.eval(value, lambda channel: 255 - channel) if isinstance(value, Image.Image) else value
+def _inverted(image: Image.Image) -> Image.Image:
+    return Image.eval(image, lambda channel: 255 - channel)
 
 
 _NO_BATCH = (
@@ -314,15 +315,8 @@ class PipelinePolicy:
 
     def texts(self, prompts: list[str]) -> dict[str, list[str]]:
         """
-        What a call is given of texts: prompts and, where there are any, negative prompts (the empty one for pipelines that
-        would leave guidance out without one).
-
-        Args:
-            prompts (`list[str]`):
-                N prompts.
-
-        Returns:
-            `dict[str, list[str]]`: arguments of the call, each of length N.
+        The arguments of a call that are texts, each of length N: prompts and, where there are any, negative prompts (the
+        empty one for pipelines that would leave guidance out without one).
         """
         true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
         negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
@@ -332,12 +326,11 @@ class PipelinePolicy:
     @contextmanager
     def _text_encoders(self):
         """Within this context the text encoders are where they encode."""
-        encoders = []
-        if self.offload_text_encoders:
-            modules = self.pipe.components
-            encoders = [
-                modules[name] for name in modules if name.startswith("text_encoder") and modules[name] is not None
-            ]
+        encoders = [
+            module
+            for name, module in self.pipe.components.items()
+            if self.offload_text_encoders and name.startswith("text_encoder") and module is not None
+        ]
         try:
             for encoder in encoders:
                 encoder.to(self.device)
@@ -347,50 +340,61 @@ class PipelinePolicy:
                 encoder.to("cpu")
 
     def _runner(self, around: Callable[[str, Callable], Callable], scheduler: Any) -> DiffusionPipeline:
-        """A shallow copy of the pipeline, for one call, with `around(name, method)` for each method that is recorded."""
+        """
+        A shallow copy of the pipeline, for one call, in which `around(name, method)` is called for each method that is
+        recorded, unless another such method calls it.
+        """
+        is_inside = False
+
+        def outermost(name: str, method: Callable) -> Callable:
+            replacement = around(name, method)
+
+            def called(*args, **kwargs):
+                nonlocal is_inside
+                if is_inside:
+                    return method(*args, **kwargs)
+                is_inside = True
+                try:
+                    return replacement(*args, **kwargs)
+                finally:
+                    is_inside = False
+
+            return called
+
         runner = copy.copy(self.pipe)
         runner.__class__ = self._runner_class
         attributes = {"scheduler": scheduler, "_policy_device": self.device, "_progress_bar_config": {"disable": True}}
         # A checker would black out what the policy made, noisy latents above all.
         runner.__dict__.update(attributes, safety_checker=None)
         for name in self._recorded:
-            runner.__dict__[name] = around(name, getattr(runner, name))
+            runner.__dict__[name] = outermost(name, getattr(runner, name))
         for part, names in self._recorded_of_processors.items():
             processor = copy.copy(getattr(self.pipe, part))
             for name in names:
-                processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
+                processor.__dict__[name] = outermost(f"{part}.{name}", getattr(processor, name))
             runner.__dict__[part] = processor
         for part in [part for part in vars(self.pipe) if part.endswith("guider")]:
             runner.__dict__[part] = copy.copy(getattr(self.pipe, part))
         vae = getattr(self.pipe, "vae", None)
         if hasattr(vae, "encode"):
             runner.__dict__["vae"] = copied = copy.copy(vae)
-            encode = around("vae.encode", lambda *args, **kwargs: mode_of(vae.encode(*args, **kwargs)))
+            encode = outermost("vae.encode", lambda *args, **kwargs: mode_of(vae.encode(*args, **kwargs)))
             copied.__dict__["encode"] = lambda *args, **kwargs: Encoded(encode(*args, **kwargs))
         return runner
 
-    def _given(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """What is given for one prompt, paths as images."""
-        return {
-            name: each(lambda v: load_image(v) if isinstance(v, str | Image.Image) else v, value)
-            for name, value in columns.items()
-        }
-
     def _record(self, prompts: list[str], given: dict[str, Any]) -> tuple[tuple[str, ...], list]:
         """What the pipeline's methods return before the first step: their names, and their outputs."""
-        names, outputs, depth = [], [], 0
+        names, outputs = [], []
 
         def around(name: str, method: Callable) -> Callable:
             def recorded(*args, **kwargs):
-                nonlocal depth
-                depth += 1
-                try:
-                    output = method(*args, **kwargs)
-                finally:
-                    depth -= 1
-                if depth == 0 and _tensors(output):
+                output = method(*args, **kwargs)
+                if _tensors(output):
                     names.append(name)
-                    outputs.append(self._without_latents(output) if name == "prepare_latents" else output)
+                    if name == "prepare_latents":  # of its latents the data type and the device are wanted
+                        outputs.append(_with_latents(output, _latents_of(output).new_empty(0)))
+                    else:
+                        outputs.append(output)
                 return output
 
             return recorded
@@ -403,20 +407,13 @@ class PipelinePolicy:
         self._call(runner, prompts, given, num_inference_steps=self.steps_asked(2), generator=generator)
         return tuple(names), outputs
 
-    @staticmethod
-    def _without_latents(output: Any) -> Any:
-        """What `prepare_latents` returns, its latents without entries: their data type and device are wanted."""
-        if isinstance(output, torch.Tensor):
-            return output.new_empty(0)
-        return (output[0].new_empty(0), *output[1:])
-
     def _find_rows(self, given: dict[str, Any]) -> None:
         """Finds out how what is recorded depends on the prompts, from a short one, a longer one, and both in one call."""
         prompt, longer, error = "a", "a" + 20 * " a", None
         with _quiet():  # nobody gave these prompts
             names, first = self._record([prompt], given)
             singles = bool(given) and not any(isinstance(value, list) for value in given.values())
-            other = {name: each(_inverted, value) for name, value in given.items()}
+            other = tree_map_only(Image.Image, _inverted, given)
             for in_lists in (True, False) if singles else (False,):  # whether a call may have an image for each prompt
                 together = {name: [value, other[name]] for name, value in given.items()} if in_lists else given
                 try:
@@ -460,7 +457,10 @@ class PipelinePolicy:
             [`Conditioning`] of length N.
         """
         prompts = list(prompts)
-        given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
+        given = [
+            tree_map_only((str, Image.Image), load_image, {name: column[i] for name, column in columns.items()})
+            for i in range(len(prompts))
+        ]
         with self._text_encoders():
             return Conditioning(self._encoded(prompts, given))
 
@@ -484,28 +484,28 @@ class PipelinePolicy:
 
     def _run(
         self,
-        conditioning: Conditioning,
+        calls: list[Batch],
         scheduler: Callable[[list[int]], StandIn],
         latents: torch.Tensor | None = None,
         *,
         evaluates: Callable[[], bool] = lambda: False,
         grad: bool = False,
         **kwargs: Any,
-    ) -> list[tuple[list[int], Any]]:
-        """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
-        results = []
-        for batch in conditioning.batches if latents is not None else self._calls(conditioning):
+    ) -> list[Any]:
+        """What the pipeline returns for each batch, with what was recorded given back."""
+        outputs = []
+        for batch in calls:
             index, stand_in = batch.index, scheduler(batch.index)
             given = None if latents is None else latents[index]
             runner = self._runner(_giving_back(batch.recorded, stand_in, given), stand_in)
             chosen = {
                 name: [value[i] for i in index] if isinstance(value, list) else value for name, value in kwargs.items()
             }
-            results.append((index, self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen)))
-        return results
+            outputs.append(self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen))
+        return outputs
 
     @staticmethod
-    def _calls(conditioning: Conditioning) -> list[Batch]:
+    def _calls_from_noise(conditioning: Conditioning) -> list[Batch]:
         """The calls that begin with noise: one for each row with images of which a call can have one."""
         if all(row.in_list or not row.given for row in conditioning.rows):
             return conditioning.batches
@@ -590,10 +590,8 @@ class PipelinePolicy:
             stand_in = StandIn.of(self.pipe.scheduler, on_step)
             return stand_in
 
-        asked = self.steps_asked(num_inference_steps)
-        results = self._run(
-            conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator
-        )
+        calls, asked = self._calls_from_noise(conditioning), self.steps_asked(num_inference_steps)
+        self._run(calls, scheduler, output_type="latent", num_inference_steps=asked, generator=generator)
         schedules = []
         for _, steps, stand_in in starts:
             if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
@@ -611,19 +609,10 @@ class PipelinePolicy:
             schedules.append(Schedule(torch.stack(steps).to(self.device), sigmas))
         if any(not torch.equal(schedule.timesteps, schedules[0].timesteps) for schedule in schedules):
             raise ValueError("The images of a batch have different noise schedules: give them the same size.")
-        return Start(_in_places(results, [start[0].float() for start in starts]), schedules[0], conditioning)
+        return Start(_in_places(calls, [start[0].float() for start in starts]), schedules[0], conditioning)
 
     def steps_asked(self, num_inference_steps: int) -> int:
-        """
-        Argument of `__call__` with which the pipeline runs so many steps.
-
-        Args:
-            num_inference_steps (`int`):
-                Number T of steps that are run.
-
-        Returns:
-            `int`: T, or more where the call has a `strength` below 1.
-        """
+        """Argument of `__call__` with which the pipeline runs so many steps: more where it has a `strength` below 1."""
         strength = self.call_kwargs.get("strength", self._call_defaults.get("strength"))
         get_timesteps = getattr(type(self.pipe), "get_timesteps", None)
         if strength is None or get_timesteps is None:
@@ -691,12 +680,13 @@ class PipelinePolicy:
             step = 0
             return StandIn.of(self.pipe.scheduler, on_step, schedule, asked - len(schedule.timesteps))
 
-        results = self._run(
-            conditioning, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
+        calls = conditioning.batches
+        self._run(
+            calls, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
             num_inference_steps=asked,
         )  # fmt: skip
         self.evaluations += len(latents)
-        return _in_places(results, outputs)
+        return _in_places(calls, outputs)
 
     def decode(
         self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil"
@@ -725,12 +715,12 @@ class PipelinePolicy:
         def scheduler(index: list[int]) -> StandIn:
             return StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
 
-        as_bytes = output_type in ("pil", "uint8")
-        results = self._run(
-            conditioning, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type,
+        as_bytes, calls = output_type in ("pil", "uint8"), conditioning.batches
+        outputs = self._run(
+            calls, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type,
             generator=[sample_generator("decode") for _ in latents],
         )  # fmt: skip
-        output = _in_places(results, [result[0] for _, result in results])
+        output = _in_places(calls, [output[0] for output in outputs])
         if not as_bytes:
             return output
         # As `VaeImageProcessor` does it, but before the pixels leave the GPU.
@@ -789,8 +779,8 @@ class PipelinePolicy:
             latents = ode_step(output, latents, step, step + 1, schedule)
         self.evaluations = before
 
-        outputs = []
-        for batch in self._calls(conditioning):
+        outputs, calls = [], self._calls_from_noise(conditioning)
+        for batch in calls:
             runner = self._runner(lambda name, method: method, copy.deepcopy(self.pipe.scheduler))
             with self._text_encoders():
                 outputs += runner(
@@ -798,7 +788,7 @@ class PipelinePolicy:
                     num_inference_steps=self.steps_asked(num_inference_steps),
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
-        expected = _in_places([(batch.index, None) for batch in self._calls(conditioning)], outputs).float()
+        expected = _in_places(calls, outputs).float()
         latents = self.decode(latents, conditioning, output_type="latent").float()  # what follows the loop
         difference = math.inf
         if latents.shape == expected.shape:
@@ -818,43 +808,42 @@ def _giving_back(recorded: list[tuple[str, Any]], stand_in: StandIn, latents: to
     What is put around a pipeline's methods so that they return what was recorded, with the given latents; without
     latents, with those that the pipeline prepares, whose shape the stand-in is told.
     """
-    pending, depth = defaultdict(list), 0
+    pending = defaultdict(list)
     for name, output in reversed(recorded):
         pending[name].append(output)
 
     def around(name: str, method: Callable) -> Callable:
         def given_back(*args, **kwargs):
-            nonlocal depth
-            known = pending[name].pop() if depth == 0 and pending[name] else None
-            prepares = depth == 0 and name == "prepare_latents"
-            if known is not None and not prepares:
-                return known
+            known = pending[name].pop() if pending[name] else None
+            if name != "prepare_latents":
+                return method(*args, **kwargs) if known is None else known
             if known is not None and latents is not None:
-                made = known if isinstance(known, torch.Tensor) else known[0]
-                made = latents.to(made.device, made.dtype)
-            else:
-                depth += 1
-                try:
-                    output = method(*args, **kwargs)
-                finally:
-                    depth -= 1
-                if not prepares:
-                    return output
-                made = output if isinstance(output, torch.Tensor) else output[0]
-                stand_in.prepared = made.shape
-                known = output if known is None else known
-            return made if isinstance(known, torch.Tensor) else type(known)((made, *known[1:]))
+                made = _latents_of(known)
+                return _with_latents(known, latents.to(made.device, made.dtype))
+            output = method(*args, **kwargs)
+            made = _latents_of(output)
+            stand_in.prepared = made.shape
+            return _with_latents(output if known is None else known, made)
 
         return given_back
 
     return around
 
 
-def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tensor | list:
+def _latents_of(prepared: Any) -> torch.Tensor:
+    """The latents in what `prepare_latents` returned."""
+    return prepared if isinstance(prepared, torch.Tensor) else prepared[0]
+
+
+def _with_latents(prepared: Any, latents: torch.Tensor) -> Any:
+    return latents if isinstance(prepared, torch.Tensor) else type(prepared)((latents, *prepared[1:]))
+
+
+def _in_places(calls: list[Batch], parts: list) -> torch.Tensor | list:
     """The rows of several calls, in the places that the calls have."""
     if len(parts) == 1:
         return parts[0]
-    places = [place for index, _ in results for place in index]
+    places = [place for call in calls for place in call.index]
     order = sorted(range(len(places)), key=places.__getitem__)
     if isinstance(parts[0], torch.Tensor):
         if len({part.shape[1:] for part in parts}) > 1:
@@ -868,9 +857,7 @@ def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tenso
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    found = []
-    each(lambda entry: found.append(entry) if isinstance(entry, torch.Tensor) else None, value)
-    return found
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class ReferencePolicy:

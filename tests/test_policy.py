@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
-from flow_trl.conditioning import PromptCache, each
+from flow_trl.conditioning import PromptCache
 from flow_trl.policy import PipelinePolicy
 from flow_trl.rollout import euler_step
 from tests import pipelines
@@ -145,8 +146,7 @@ def assert_same(conditioning, other, **tolerance):
 
 
 def tensors(recorded):
-    found = []
-    each(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, recorded)
+    found = [value for value in tree_leaves(recorded) if isinstance(value, torch.Tensor)]
     assert found
     return found
 
