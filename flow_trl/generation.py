@@ -229,22 +229,21 @@ def stream(
             future.set_exception(error)
         return future
 
-    scored = None
+    def finish() -> Iterator[tuple[Kept, Future]]:
+        while started:
+            with stopwatch("reward_wait"):
+                wait([started[0][1]])
+            yield started.pop()
+
+    started: list[tuple[Kept, Future]] = []  # the one that is being scored
     for item in items:
         kept, images = make(item)
-        if scored is not None:
-            with stopwatch("reward_wait"):
-                wait([scored[1]])
-            yield scored
-        scored = kept, start(item, images)
+        yield from finish()
+        started.append((kept, start(item, images)))
         del images  # the scoring thread has the only reference
         if not overlap:
-            yield scored
-            scored = None
-    if scored is not None:
-        with stopwatch("reward_wait"):
-            wait([scored[1]])
-        yield scored
+            yield from finish()
+    yield from finish()
 
 
 class SampledChunks:
