@@ -38,15 +38,12 @@ class Leaf(NamedTuple):
     absent: bool = False
 
 
-SHARED = Leaf(None)
-
-
 class NoRows(Exception):
     """The outputs for two prompts are not those for one and those for the other."""
 
 
 def _map_entries(function: Callable, container: Any, *others: Any) -> Any:
-    """Applies a function to the entries of containers that have the same keys; the result is a container as the first."""
+    """Applies a function to the entries of containers with the same keys; the result is a container as the first."""
     if isinstance(container, dict):
         return {key: function(entry, *(other[key] for other in others)) for key, entry in container.items()}
     return type(container)(function(entry, *(other[i] for other in others)) for i, entry in enumerate(container))
@@ -68,8 +65,8 @@ def _leaves(layout: Any, *values: Any) -> list[tuple]:
 
 def find_layout(first: Any, second: Any, both: Any) -> Any:
     """
-    Where the rows are in what a pipeline computed of one prompt, of another one, and of the two in one call: tensors and
-    anything else, in tuples, lists and dicts. A layout is a [`Leaf`], or such a container of layouts.
+    Where the rows are in what a pipeline computed of one prompt, of another one, and of the two in one call: tensors
+    and anything else, in tuples, lists and dicts. A layout is a [`Leaf`], or such a container of layouts.
 
     Raises:
         NoRows: if `both` does not consist of `first` and `second`.
@@ -82,7 +79,7 @@ def find_layout(first: Any, second: Any, both: Any) -> Any:
         dim = dims[0] if dims else None
         if any(c != max(a, b) for d, (a, b, c) in enumerate(sizes) if d != dim):
             raise NoRows(f"sizes {[tuple(v.shape) for v in (first, second, both)]}")
-        return Leaf(dim, first.shape[dim]) if dims else SHARED
+        return Leaf(dim, first.shape[dim]) if dims else Leaf(None)
     if not isinstance(both, tuple | list | dict):
         return Leaf(None, absent=both is None)
     if type(first) is type(both) and isinstance(both, list) and len(both) == 2 * len(first) == 2 * len(second) > 0:
@@ -118,8 +115,8 @@ def _differ(first: Any, second: Any) -> bool:
 
 def find_rows(first: list, second: list, both: list) -> tuple[list, bool]:
     """
-    Layouts of what each method of a pipeline returned, see [`find_layout`], and whether masks of ones are missing for one
-    prompt.
+    Layouts of what each method of a pipeline returned, see [`find_layout`], and whether masks of ones are missing for
+    one prompt.
 
     Raises:
         NoRows: if `both` does not consist of `first` and `second`.
@@ -296,8 +293,7 @@ class Conditioning:
     Everything that a pipeline computed of some prompts before it samples, selectable by row.
 
     Args:
-        rows (`list[Row]`):
-            What it computed of each.
+        rows (`list[Row]`): what it computed of each.
 
     Example:
 
@@ -317,7 +313,7 @@ class Conditioning:
         return Conditioning([self.rows[row] for row in torch.arange(len(self))[index].tolist()])
 
     def on(self, device: torch.device, rows: list[int]) -> "Conditioning":
-        """The conditioning of some rows, in any order and repetition, on a device to which each distinct row goes once."""
+        """The conditioning of some rows, also repeated ones, on a device to which each distinct row goes once."""
         tensors: dict[int, torch.Tensor] = {}
         moved = {row: self.rows[row].on(device, tensors) for row in dict.fromkeys(rows)}
         return Conditioning([moved[row] for row in rows])
@@ -385,18 +381,7 @@ class PromptCache:
         self._size = 0
 
     def encode(self, prompts: list[str], **columns: list) -> Conditioning:
-        """
-        Conditioning of prompts.
-
-        Args:
-            prompts (`list[str]`):
-                N prompts.
-            **columns (`list`):
-                As in [`PipelinePolicy.encode`].
-
-        Returns:
-            [`Conditioning`] of length N, on the CPU.
-        """
+        """Conditioning of N prompts, on the CPU; arguments are those of [`PipelinePolicy.encode`]."""
         keys = [(p, *(digest(column[i]) for column in columns.values())) for i, p in enumerate(prompts)]
         distinct = {key: i for i, key in enumerate(keys)}
         missing = [i for key, i in distinct.items() if key not in self._rows]

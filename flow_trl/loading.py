@@ -151,8 +151,8 @@ def prepare_denoisers(
         `bool`: whether an adapter is trained.
 
     Raises:
-        ValueError: if there is an adapter already, or `peft_config` does not fit, or the components are such that something
-            else than is saved would be trained, or nothing.
+        ValueError: if there is an adapter already, if `peft_config` does not fit, or if something else than is saved
+            would be trained, or nothing.
     """
     adapted = any(getattr(denoiser, "peft_config", None) for denoiser in denoisers.values())
     _check_components(pipe, denoisers, adapted or peft_config is not None)
@@ -180,10 +180,10 @@ def prepare_denoisers(
 
 def compile_denoisers(denoisers: dict[str, torch.nn.Module], accelerator: Accelerator) -> None:
     """
-    Compiles, if an accelerator was told to, the blocks of which denoisers consist (regional compilation; those that their classes
-    name, else the whole), after adapters were added and before the accelerator prepares them. It is done in place, so what
-    samples is what trains, and weights keep their names; accelerate, which would compile what updates call alone, is told
-    that it is done.
+    Compiles, if an accelerator was told to, the blocks of which denoisers consist (regional compilation; those that
+    their classes name, else the whole), after adapters were added and before the accelerator prepares them. It is done
+    in place, so what samples is what trains, and weights keep their names; accelerate, which would compile what
+    updates call alone, is told that it is done.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
@@ -227,17 +227,7 @@ def save_lora(
     """
     Writes the adapters of denoisers as the pipeline's `load_lora_weights` reads them, or, where a class has none, as its
     denoiser does (`load_lora_adapter`, or [`~peft.PeftModel.from_pretrained`]). That of a second denoiser goes into a file
-    with its name.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]):
-            The pipeline.
-        denoisers (`dict[str, torch.nn.Module]`):
-            Its denoisers by name.
-        folder (`str`):
-            Where to write.
-        state_dict (`dict[str, Any]`, *optional*):
-            Weights of the module that is trained, if they are not in it.
+    with its name. `state_dict` has the weights of the module that is trained, if they are not in it.
     """
     first = next(iter(denoisers))
     for name, denoiser in denoisers.items():

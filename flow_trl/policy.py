@@ -62,12 +62,9 @@ class Start(NamedTuple):
     Where sampling begins.
 
     Args:
-        latents (`torch.Tensor` of shape `(N, ...)`, float32):
-            Initial noise as this pipeline shapes and packs it.
-        schedule ([`Schedule`]):
-            Timesteps and sigmas with this pipeline's own shift.
-        conditioning ([`Conditioning`]):
-            What the pipeline computed of the prompts.
+        latents (`torch.Tensor` of shape `(N, ...)`, float32): initial noise as this pipeline shapes and packs it.
+        schedule ([`Schedule`]): timesteps and sigmas with this pipeline's own shift.
+        conditioning ([`Conditioning`]): what the pipeline computed of the prompts.
     """
 
     latents: torch.Tensor
@@ -91,18 +88,6 @@ def _quiet():
 
 def _inverted(image: Image.Image) -> Image.Image:
     return Image.eval(image, lambda channel: 255 - channel)
-
-
-_NO_BATCH = (
-    NoRows,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-)
 
 
 class _Found(NamedTuple):
@@ -181,18 +166,38 @@ class PipelinePolicy:
         offload_text_encoders: bool = False,
         **call_kwargs: Any,
     ):
-        name = type(pipe).__name__
         self.pipe = pipe
-        names = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
-        if not names or getattr(pipe, "scheduler", None) is None:
-            raise ValueError(
-                f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
-            )
-        self.denoiser_names = names
-        self._experts = Experts({part: getattr(pipe, part) for part in names}) if len(names) > 1 else None
+        self.denoiser_names = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
         self._call_function = inspect.unwrap(type(pipe).__call__)
         parameters = inspect.signature(self._call_function).parameters
         self._call_defaults = {key: parameter.default for key, parameter in parameters.items()}
+        self._check_pipe()
+        self._experts = Experts(self.denoisers) if len(self.denoiser_names) > 1 else None
+        own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
+        self._check_arguments(guidance_scale, own, negative_prompt, call_kwargs)
+        self.negative_prompt = negative_prompt
+        self.offload_text_encoders = offload_text_encoders
+        self.call_kwargs = dict(call_kwargs)
+        if guidance_scale is not None:
+            self.call_kwargs[own] = guidance_scale
+        self._runner_class = runner_class(type(pipe))
+        self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
+        self._recorded_of_processors = {
+            part: list(filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)))
+            for part, processor in vars(pipe).items()
+            if part.endswith("_processor")
+        }
+        self._found: _Found | None = None
+        self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
+        self.forward = self.denoiser
+        self.evaluations = 0
+
+    def _check_pipe(self) -> None:
+        name = type(self.pipe).__name__
+        if not self.denoiser_names or getattr(self.pipe, "scheduler", None) is None:
+            raise ValueError(
+                f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
+            )
         needed = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
         missing = [key for key in needed if key not in self._call_defaults]
         if missing:
@@ -200,7 +205,17 @@ class PipelinePolicy:
                 f"`pipe` ({name}) cannot be a policy: its `__call__` does not take {missing}. Use a pipeline from a text to "
                 "images or videos, with diffusers' usual arguments."
             )
-        own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
+        for part in ("guider", "ocr_guider"):
+            if getattr(getattr(self.pipe, part, None), "adaptive_projected_guidance_momentum", None):
+                raise ValueError(
+                    f"`pipe.{part}` has a momentum, so its guidance depends on the latents of earlier steps; a policy's cannot. "
+                    "Set its `adaptive_projected_guidance_momentum=None`."
+                )
+
+    def _check_arguments(
+        self, guidance_scale: float | None, own: str, negative_prompt: str | None, call_kwargs: dict[str, Any]
+    ) -> None:
+        name = type(self.pipe).__name__
         if guidance_scale is not None and own not in self._call_defaults:
             raise ValueError(
                 f"`guidance_scale={guidance_scale}` is not an argument of `{name}.__call__`: leave it out, and set what the "
@@ -215,17 +230,6 @@ class PipelinePolicy:
             raise ValueError(
                 f"`negative_prompt={negative_prompt!r}` is not an argument of `{name}.__call__`: leave it out."
             )
-        for part in ("guider", "ocr_guider"):
-            if getattr(getattr(pipe, part, None), "adaptive_projected_guidance_momentum", None):
-                raise ValueError(
-                    f"`pipe.{part}` has a momentum, so its guidance depends on the latents of earlier steps; a policy's cannot. "
-                    "Set its `adaptive_projected_guidance_momentum=None`."
-                )
-        self.negative_prompt = negative_prompt
-        self.offload_text_encoders = offload_text_encoders
-        self.call_kwargs = dict(call_kwargs)
-        if guidance_scale is not None:
-            self.call_kwargs[own] = guidance_scale
         for key, value in call_kwargs.items():
             if key not in self._call_defaults or key in _RESERVED or key.endswith(("_embeds", "_mask")):
                 reason = "is set by the policy" if key in self._call_defaults else "is unknown to the pipeline"
@@ -233,17 +237,6 @@ class PipelinePolicy:
                     f"`{key}={value!r}` cannot be passed on to `{name}.__call__`: it {reason}. "
                     "Remove it from the pipeline's keyword arguments."
                 )
-        self._runner_class = runner_class(type(pipe))
-        self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
-        self._recorded_of_processors = {
-            part: list(filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)))
-            for part, processor in vars(pipe).items()
-            if part.endswith("_processor")
-        }
-        self._found: _Found | None = None
-        self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
-        self.forward = self.denoiser
-        self.evaluations = 0
 
     @property
     def denoisers(self) -> dict[str, torch.nn.Module]:
@@ -315,8 +308,8 @@ class PipelinePolicy:
 
     def texts(self, prompts: list[str]) -> dict[str, list[str]]:
         """
-        The arguments of a call that are texts, each of length N: prompts and, where there are any, negative prompts (the
-        empty one for pipelines that would leave guidance out without one).
+        The arguments of a call that are texts, each of length N: prompts and, where there are any, negative prompts
+        (the empty one for pipelines that would leave guidance out without one).
         """
         true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
         negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
@@ -341,44 +334,29 @@ class PipelinePolicy:
 
     def _runner(self, around: Callable[[str, Callable], Callable], scheduler: Any) -> DiffusionPipeline:
         """
-        A shallow copy of the pipeline, for one call, in which `around(name, method)` is called for each method that is
-        recorded, unless another such method calls it.
+        A shallow copy of the pipeline, for one call, whose methods that are recorded are `around(name, method)`; what
+        they call are the methods themselves.
         """
-        is_inside = False
-
-        def outermost(name: str, method: Callable) -> Callable:
-            replacement = around(name, method)
-
-            def called(*args, **kwargs):
-                nonlocal is_inside
-                if is_inside:
-                    return method(*args, **kwargs)
-                is_inside = True
-                try:
-                    return replacement(*args, **kwargs)
-                finally:
-                    is_inside = False
-
-            return called
-
+        around = _outermost(around)
         runner = copy.copy(self.pipe)
         runner.__class__ = self._runner_class
         attributes = {"scheduler": scheduler, "_policy_device": self.device, "_progress_bar_config": {"disable": True}}
         # A checker would black out what the policy made, noisy latents above all.
         runner.__dict__.update(attributes, safety_checker=None)
         for name in self._recorded:
-            runner.__dict__[name] = outermost(name, getattr(runner, name))
+            runner.__dict__[name] = around(name, getattr(runner, name))
         for part, names in self._recorded_of_processors.items():
             processor = copy.copy(getattr(self.pipe, part))
             for name in names:
-                processor.__dict__[name] = outermost(f"{part}.{name}", getattr(processor, name))
+                processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
             runner.__dict__[part] = processor
-        for part in [part for part in vars(self.pipe) if part.endswith("guider")]:
-            runner.__dict__[part] = copy.copy(getattr(self.pipe, part))
+        for part, module in vars(self.pipe).items():
+            if part.endswith("guider"):
+                runner.__dict__[part] = copy.copy(module)
         vae = getattr(self.pipe, "vae", None)
         if hasattr(vae, "encode"):
             runner.__dict__["vae"] = copied = copy.copy(vae)
-            encode = outermost("vae.encode", lambda *args, **kwargs: mode_of(vae.encode(*args, **kwargs)))
+            encode = around("vae.encode", lambda *args, **kwargs: mode_of(vae.encode(*args, **kwargs)))
             copied.__dict__["encode"] = lambda *args, **kwargs: Encoded(encode(*args, **kwargs))
         return runner
 
@@ -422,7 +400,7 @@ class PipelinePolicy:
                     if both_names != names:
                         raise NoRows("its methods are called in another order")
                     layout, masked = find_rows(first, second, both)
-                except _NO_BATCH as caught:
+                except Exception as caught:  # a class that takes one prompt raises whatever it comes upon
                     error = caught
                 else:
                     shapes = [[tuple(v.shape) for v in _tensors(values)] for values in (first, second)]
@@ -465,7 +443,7 @@ class PipelinePolicy:
             return Conditioning(self._encoded(prompts, given))
 
     def _encoded(self, prompts: list[str], given: list[dict[str, Any]]) -> list[Row]:
-        if self._found is None and prompts:
+        if self._found is None:
             self._find_rows(given[0])
         found, calls, rows = self._found, [(prompts, {})], []
         if any(given) or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
@@ -612,7 +590,7 @@ class PipelinePolicy:
         return Start(_in_places(calls, [start[0].float() for start in starts]), schedules[0], conditioning)
 
     def steps_asked(self, num_inference_steps: int) -> int:
-        """Argument of `__call__` with which the pipeline runs so many steps: more where it has a `strength` below 1."""
+        """Argument of `__call__` with which the pipeline runs so many steps: more with a `strength` below 1."""
         strength = self.call_kwargs.get("strength", self._call_defaults.get("strength"))
         get_timesteps = getattr(type(self.pipe), "get_timesteps", None)
         if strength is None or get_timesteps is None:
@@ -756,16 +734,14 @@ class PipelinePolicy:
         Raises:
             ValueError: if there is a difference above rounding.
         """
-        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-        chosen = sorted(first.values())[:2]
+        chosen = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:2]
         prompts, before = [prompts[i] for i in chosen], self.evaluations
         generators = [sample_generator("check", i) for i in chosen]
         conditioning = self.encode(prompts, **{name: [column[i] for i in chosen] for name, column in columns.items()})
         latents, schedule, _ = self.start(conditioning, num_inference_steps, generators)
         twice = [self.predict(latents, 0, conditioning, schedule) for _ in range(2)]
         name = type(self.pipe).__name__
-        exact = next(self.denoiser.parameters()).dtype == torch.float32
-        tolerance = 1e-3 if exact else 0.1
+        tolerance = 1e-3 if next(self.denoiser.parameters()).dtype == torch.float32 else 0.1
         difference = ((twice[0] - twice[1]).abs().max() / twice[0].std()).item()
         if not difference <= tolerance:
             raise ValueError(
@@ -801,6 +777,28 @@ class PipelinePolicy:
                 "not follow: please report it, with the class and the arguments. `check_pipeline=False` trains all the same."
             )
         return difference
+
+
+def _outermost(around: Callable[[str, Callable], Callable]) -> Callable[[str, Callable], Callable]:
+    """Puts something around methods, unless one of them is called by another."""
+    is_inside = False
+
+    def outermost(name: str, method: Callable) -> Callable:
+        replacement = around(name, method)
+
+        def called(*args, **kwargs):
+            nonlocal is_inside
+            if is_inside:
+                return method(*args, **kwargs)
+            is_inside = True
+            try:
+                return replacement(*args, **kwargs)
+            finally:
+                is_inside = False
+
+        return called
+
+    return outermost
 
 
 def _giving_back(recorded: list[tuple[str, Any]], stand_in: StandIn, latents: torch.Tensor | None) -> Callable:

@@ -56,16 +56,7 @@ def _read(result: Any) -> Any:
 
 
 def own_images(images: list | torch.Tensor) -> list:
-    """
-    PIL images that share nothing with anyone.
-
-    Args:
-        images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `torch.Tensor`):
-            Images, videos as lists of frames, or pixels as [`~utils.to_pil`] takes them.
-
-    Returns:
-        `list`: N images, or N lists of frames.
-    """
+    """PIL images, or lists of frames, that share nothing with those given (or pixels, see [`~utils.to_pil`])."""
     if isinstance(images, torch.Tensor):
         return to_pil(images)
     return [own_images(image) if isinstance(image, list) else image.copy() for image in images]
@@ -209,8 +200,8 @@ class Scorer:
 
     def check(self, dataset: str, columns: list[str]) -> None:
         """
-        Raises a `TypeError` or `ValueError` if a function cannot be called with the columns, beside the prompt, of a data
-        set, which is called `dataset` in the message.
+        Raises a `TypeError` or `ValueError` if a function cannot be called with the columns, beside the prompt, of a
+        data set, which is called `dataset` in the message.
         """
         reserved = {"prompts", "images", *EXTRAS} & set(columns)
         if reserved:
@@ -278,15 +269,15 @@ class Scorer:
 
     def weighted(self, scores: torch.Tensor) -> torch.Tensor:
         """
-        Rewards (...) of scores (..., F): the weighted sum over the functions that have a weight and apply, 0 where none
-        applies.
+        Rewards (...) of scores (..., F): the weighted sum over the functions that have a weight and apply, 0 where
+        none applies.
         """
         return (scores * self.weights).nansum(dim=-1)
 
     def metrics(self, scores: torch.Tensor, errors: bool = False) -> dict[str, float]:
         """
-        Figures of each function over the images to which it applies, of scores (N, F): `rewards/<name>/mean`, `/std` and,
-        with `errors`, the standard error of the mean, `/se`.
+        Figures of each function over the images to which it applies, of scores (N, F): `rewards/<name>/mean`, `/std`
+        and, with `errors`, the standard error of the mean, `/se`.
         """
         metrics = {}
         for name, values in zip(self.names, scores.T, strict=True):

@@ -173,9 +173,8 @@ def ddim_step(
     \qquad x' = \sqrt{\bar\alpha_{t'}}\, x_0 + \sqrt{1-\bar\alpha_{t'}-\sigma^2}\; \epsilon + \sigma z $$
 
     The next timestep t' is one stride of the scheduler below t, at least 0: so the last step is stochastic too, unless it
-    starts at timestep 0. The log-probability is the normal log-density. Everything is in float32, and a sample drawn with
-    `noise` and then passed back as `next_sample` has a bit-identical `log_prob`; as in [`flow_step`], it treats
-    `next_sample` as a constant.
+    starts at timestep 0. The log-probability is the normal log-density. Precision, gradients and what is
+    bit-identical are as in [`flow_step`].
 
     Args:
         model_output (`torch.Tensor` of shape `(B, ...)`):

@@ -65,8 +65,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def to_pil(pixels: torch.Tensor) -> list:
     """
-    PIL images of uint8 pixels on the CPU: of `(N, H, W, 3)` a list of N images, of `(N, frames, H, W, 3)` a list of N lists
-    of frames.
+    PIL images of uint8 pixels on the CPU: of `(N, H, W, 3)` a list of N images, of `(N, frames, H, W, 3)` a list of N
+    lists of frames.
     """
     if pixels.ndim == 3:
         return Image.fromarray(pixels.numpy())
@@ -105,8 +105,8 @@ def check_prompts(name: str, dataset: Any) -> None:
 
 def check_images(name: str, dataset: datasets.Dataset, columns: list[str]) -> None:
     """
-    Checks that every row of a data set, which is called `name` in the message, has the images that a pipeline is given (in
-    columns of images, paths, or lists of them), without decoding them.
+    Checks that every row of a data set, which is called `name` in the message, has the images that a pipeline is given
+    (in columns of images, paths, or lists of them), without decoding them.
 
     Raises:
         ValueError: if a column is missing, or a row has nothing or a path without a file in it.

@@ -422,6 +422,20 @@ def test_a_subclass_of_a_pipeline_works():
     assert np.array_equal(sample(mine), sample(policy))
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_a_class_that_takes_one_prompt_at_a_time(error, caplog):
+    class OneByOne(pipelines.StableDiffusion3Pipeline):
+        def encode_prompt(self, prompt, *args, **kwargs):
+            if len(prompt) > 1:
+                raise error("two")
+            return super().encode_prompt(prompt, *args, **kwargs)
+
+    policy = make("sd3")
+    one_by_one = PipelinePolicy(OneByOne(**policy.pipe.components), **policy.call_kwargs)
+    np.testing.assert_allclose(sample(one_by_one), sample(policy), rtol=0, atol=1e-4)
+    assert "OneByOne cannot make a batch of different prompts" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
