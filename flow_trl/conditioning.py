@@ -5,13 +5,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .utils import to_device
 
@@ -37,40 +38,35 @@ class Leaf(NamedTuple):
     absent: bool = False
 
 
-SHARED = Leaf(None)
-
-
 class NoRows(Exception):
     """The outputs for two prompts are not those for one and those for the other."""
 
 
-def _entries(value: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and entries of a container."""
-    if isinstance(value, dict):
-        return list(value.items())
-    return list(enumerate(value)) if isinstance(value, list | tuple) else None
+def _map_entries(function: Callable, container: Any, *others: Any) -> Any:
+    """Applies a function to the entries of containers with the same keys; the result is a container as the first."""
+    if isinstance(container, dict):
+        return {key: function(entry, *(other[key] for other in others)) for key, entry in container.items()}
+    return type(container)(function(entry, *(other[i] for other in others)) for i, entry in enumerate(container))
 
 
 def _map(function: Callable, layout: Any, *values: Any) -> Any:
-    """Applies `function(leaf, *values)` at each leaf of a layout, in containers as those of the first value."""
+    """Applies `function(leaf, *values)` at each leaf of a layout."""
     if isinstance(layout, Leaf):
         return function(layout, *values)
-    mapped = {key: _map(function, part, *(value[key] for value in values)) for key, part in layout.items()}
-    return mapped if isinstance(values[0], dict) else type(values[0])(mapped.values())
+    return _map_entries(partial(_map, function), layout, *values)
+
+
+def _leaves(layout: Any, *values: Any) -> list[tuple]:
+    """Each leaf of a layout, with what values have in its place."""
+    found = []
+    _map(lambda *leaf_and_values: found.append(leaf_and_values), layout, *values)
+    return found
 
 
 def find_layout(first: Any, second: Any, both: Any) -> Any:
     """
-    Where the rows are in what a pipeline computed.
-
-    Args:
-        first, second (`Any`):
-            Outputs for one prompt and for another one: tensors and anything else, in tuples, lists and dicts.
-        both (`Any`):
-            Outputs for the two in one call.
-
-    Returns:
-        A [`Leaf`], or a dict of layouts with the keys or indices of the container.
+    Where the rows are in what a pipeline computed of one prompt, of another one, and of the two in one call: tensors
+    and anything else, in tuples, lists and dicts. A layout is a [`Leaf`], or such a container of layouts.
 
     Raises:
         NoRows: if `both` does not consist of `first` and `second`.
@@ -83,61 +79,44 @@ def find_layout(first: Any, second: Any, both: Any) -> Any:
         dim = dims[0] if dims else None
         if any(c != max(a, b) for d, (a, b, c) in enumerate(sizes) if d != dim):
             raise NoRows(f"sizes {[tuple(v.shape) for v in (first, second, both)]}")
-        return Leaf(dim, first.shape[dim]) if dims else SHARED
-    entries = _entries(both)
-    if entries is None:
+        return Leaf(dim, first.shape[dim]) if dims else Leaf(None)
+    if not isinstance(both, tuple | list | dict):
         return Leaf(None, absent=both is None)
     if type(first) is type(both) and isinstance(both, list) and len(both) == 2 * len(first) == 2 * len(second) > 0:
         return Leaf(0, len(first))
     if type(first) is not type(both) or not len(first) == len(second) == len(both):
         raise NoRows("other numbers of outputs")
-    return {key: find_layout(first[key], second[key], value) for key, value in entries}
+    return _map_entries(find_layout, first, second, both)
 
 
-def pad_where_masked(layout: Any, first: Any, second: Any) -> Any:
+def _pad_where_masked(layout: Any, first: Any, second: Any) -> Any:
     """The layout of one method's outputs, in which rows of different lengths are filled up if there is a mask of them."""
-    differing = []
-    _map(lambda leaf, a, b: differing.append(a) if _differ(a, b) else None, layout, first, second)
-    if not any(value.ndim == 2 for value in differing):
+    if not any(_differ(a, b) and a.ndim == 2 for _, a, b in _leaves(layout, first, second)):
         return layout
-    return _padded(layout, first, second)
-
-
-def _padded(layout: Any, first: Any, second: Any) -> Any:
-    if isinstance(layout, Leaf):
-        return layout._replace(padded=_differ(first, second))
-    return {key: _padded(part, first[key], second[key]) for key, part in layout.items()}
+    return _map(lambda leaf, a, b: leaf._replace(padded=_differ(a, b)), layout, first, second)
 
 
 def fits(layout: Any, outputs: Any) -> bool:
     """Whether outputs are tensors only where they were when the layout was found."""
-    found = []
     try:
-        _map(lambda leaf, value: found.append(leaf.absent and isinstance(value, torch.Tensor)), layout, outputs)
+        return not any(leaf.absent and isinstance(value, torch.Tensor) for leaf, value in _leaves(layout, outputs))
     except (KeyError, IndexError, TypeError):
         return False
-    return not any(found)
 
 
 def has_padding(layout: Any) -> bool:
     """Whether rows of different lengths can be in one call."""
-    return layout.padded if isinstance(layout, Leaf) else any(map(has_padding, layout.values()))
+    return any(leaf.padded for (leaf,) in _leaves(layout))
 
 
 def _differ(first: Any, second: Any) -> bool:
     return isinstance(first, torch.Tensor) and first.shape != second.shape
 
 
-def find_rows(first: list, second: list, both: list) -> tuple[dict[int, Any], bool]:
+def find_rows(first: list, second: list, both: list) -> tuple[list, bool]:
     """
-    Layouts of what each method of a pipeline returned.
-
-    Args:
-        first, second, both (`list`):
-            Outputs of the methods for one prompt, for another one, and for the two in one call.
-
-    Returns:
-        `tuple[dict[int, Any], bool]`: layout by the number of the method, and whether masks of ones are missing for one prompt.
+    Layouts of what each method of a pipeline returned, see [`find_layout`], and whether masks of ones are missing for
+    one prompt.
 
     Raises:
         NoRows: if `both` does not consist of `first` and `second`.
@@ -145,15 +124,11 @@ def find_rows(first: list, second: list, both: list) -> tuple[dict[int, Any], bo
     masked = any(map(_lacks_mask, first, both))
     if masked:
         first, second, both = ([with_masks(value) for value in values] for values in (first, second, both))
-    layout = find_layout(first, second, both)
-    layout = {i: pad_where_masked(layout[i], first[i], second[i]) for i in layout}
-
-    def check(leaf: Leaf, a: Any, b: Any, c: Any) -> None:
-        tensors = isinstance(c, torch.Tensor) and leaf.dim is not None and a.shape == b.shape
-        if tensors and c.is_floating_point() and (_joined(leaf, a, b) - c).abs().mean() > 0.1 * c.abs().mean():
+    layout = list(map(_pad_where_masked, find_layout(first, second, both), first, second))
+    for leaf, a, b, c in _leaves(layout, first, second, both):
+        in_rows = isinstance(c, torch.Tensor) and leaf.dim is not None and a.shape == b.shape
+        if in_rows and c.is_floating_point() and (_joined(leaf, a, b) - c).abs().mean() > 0.1 * c.abs().mean():
             raise NoRows("what it computes of two is not what it computes of each")
-
-    _map(check, layout, first, second, both)
     return layout, masked
 
 
@@ -225,15 +200,6 @@ def digest(value: Any) -> Any:
     return value
 
 
-def each(function: Callable, value: Any) -> Any:
-    """Applies a function to whatever is not a container."""
-    entries = _entries(value)
-    if entries is None:
-        return function(value)
-    mapped = {key: each(function, entry) for key, entry in entries}
-    return mapped if isinstance(value, dict) else type(value)(mapped.values())
-
-
 @dataclass(frozen=True, eq=False)
 class Row:
     """
@@ -260,22 +226,18 @@ class Row:
         """Rows with the same kind can be in one call."""
         if self.layout is None:
             return id(self)
-        kinds = []
-        _map(lambda leaf, value: kinds.append(_kind(leaf, value)), self.layout, self.outputs)
-        return self.names, tuple(kinds)
+        return self.names, tuple(_kind(leaf, value) for leaf, value in _leaves(self.layout, self.outputs))
 
     def on(self, device: torch.device, moved: dict[int, torch.Tensor] | None = None) -> "Row":
         """The row on a device; `moved` keeps what is there already, by the id of what it was."""
         moved = {} if moved is None else moved
 
-        def move(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            if id(value) not in moved:
-                moved[id(value)] = to_device(value, device)
-            return moved[id(value)]
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = to_device(tensor, device)
+            return moved[id(tensor)]
 
-        return self._with(each(move, self.outputs))
+        return self._with(tree_map_only(torch.Tensor, move, self.outputs))
 
     def sharing(self, known: MutableMapping[Any, torch.Tensor]) -> "Row":
         """The row with tensors that are the same for many rows from `known`, to which new ones are added."""
@@ -298,16 +260,13 @@ class Row:
     @property
     def nbytes(self) -> int:
         """Size of its tensors and images."""
-        sizes = []
-
-        def add(value: Any) -> None:
+        size = 0
+        for value in tree_leaves((self.outputs, self.given)):
             if isinstance(value, torch.Tensor):
-                sizes.append(value.nbytes)
+                size += value.nbytes
             elif isinstance(value, Image.Image):
-                sizes.append(value.width * value.height * len(value.getbands()))
-
-        each(add, [self.outputs, list(self.given.values())])
-        return sum(sizes)
+                size += value.width * value.height * len(value.getbands())
+        return size
 
 
 class Batch(NamedTuple):
@@ -333,8 +292,7 @@ class Conditioning:
     Everything that a pipeline computed of some prompts before it samples, selectable by row.
 
     Args:
-        rows (`list[Row]`):
-            What it computed of each.
+        rows (`list[Row]`): what it computed of each.
 
     Example:
 
@@ -354,18 +312,7 @@ class Conditioning:
         return Conditioning([self.rows[row] for row in torch.arange(len(self))[index].tolist()])
 
     def on(self, device: torch.device, rows: list[int]) -> "Conditioning":
-        """
-        The conditioning of some rows, on a device to which each distinct row goes once.
-
-        Args:
-            device (`torch.device`):
-                The device.
-            rows (`list[int]`):
-                n indices of rows, in any order, with or without repetition.
-
-        Returns:
-            [`Conditioning`] of length n.
-        """
+        """The conditioning of some rows, also repeated ones, on a device to which each distinct row goes once."""
         tensors: dict[int, torch.Tensor] = {}
         moved = {row: self.rows[row].on(device, tensors) for row in dict.fromkeys(rows)}
         return Conditioning([moved[row] for row in rows])
@@ -433,18 +380,7 @@ class PromptCache:
         self._size = 0
 
     def encode(self, prompts: list[str], **columns: list) -> Conditioning:
-        """
-        Conditioning of prompts.
-
-        Args:
-            prompts (`list[str]`):
-                N prompts.
-            **columns (`list`):
-                As in [`PipelinePolicy.encode`].
-
-        Returns:
-            [`Conditioning`] of length N, on the CPU.
-        """
+        """Conditioning of N prompts, on the CPU; arguments are those of [`PipelinePolicy.encode`]."""
         keys = [(p, *(digest(column[i]) for column in columns.values())) for i, p in enumerate(prompts)]
         distinct = {key: i for i, key in enumerate(keys)}
         missing = [i for key, i in distinct.items() if key not in self._rows]

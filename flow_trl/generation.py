@@ -84,24 +84,9 @@ class Generation:
         process_index: int,
     ) -> "Generation":
         """
-        Splits a generation into updates, of the same images whatever the number of processes.
-
-        Args:
-            rows (`list[int]` of length n):
-                Rows of this process's images.
-            trajectory ([`~flow_trl.rollout.Trajectory`]):
-                Their trajectories, on the CPU.
-            advantages (`torch.Tensor` of shape `(N, K)`):
-                Advantages of the images of all processes.
-            num_generations (`int`):
-                Size of a group.
-            updates (`int`):
-                Number U of updates.
-            process_index (`int`):
-                Number of this process.
-
-        Returns:
-            [`Generation`]
+        Splits a generation into updates, of the same images whatever the number of processes: from the rows and
+        trajectories (on the CPU) of this process's n images, and the advantages (N, K) of all processes' images, in
+        groups of `num_generations`.
         """
         size, first = len(rows), process_index * len(rows)
         groups = advantages.view(-1, num_generations * advantages.shape[1])
@@ -229,22 +214,21 @@ def stream(
             future.set_exception(error)
         return future
 
-    scored = None
+    def finish() -> Iterator[tuple[Kept, Future]]:
+        while started:
+            with stopwatch("reward_wait"):
+                wait([started[0][1]])
+            yield started.pop()
+
+    started: list[tuple[Kept, Future]] = []  # the one that is being scored
     for item in items:
         kept, images = make(item)
-        if scored is not None:
-            with stopwatch("reward_wait"):
-                wait([scored[1]])
-            yield scored
-        scored = kept, start(item, images)
+        yield from finish()
+        started.append((kept, start(item, images)))
         del images  # the scoring thread has the only reference
         if not overlap:
-            yield scored
-            scored = None
-    if scored is not None:
-        with stopwatch("reward_wait"):
-            wait([scored[1]])
-        yield scored
+            yield from finish()
+    yield from finish()
 
 
 class SampledChunks:
@@ -371,14 +355,14 @@ class Sampler:
             The policy. Each prompt is embedded once.
         scorer ([`~flow_trl.scoring.Scorer`]):
             The reward functions.
-        overlap (`bool`, *optional*, defaults to `True`):
+        overlap (`bool`):
             See [`stream`].
-        columns (`list[str]`, *optional*):
+        columns (`list[str]`):
             Columns of the data set, beside `prompt`, that the pipeline is given for each prompt.
     """
 
-    def __init__(self, policy: PipelinePolicy, scorer: Scorer, overlap: bool = True, columns: list[str] | None = None):
-        self.policy, self.scorer, self.overlap, self.columns = policy, scorer, overlap, columns or []
+    def __init__(self, policy: PipelinePolicy, scorer: Scorer, overlap: bool, columns: list[str]):
+        self.policy, self.scorer, self.overlap, self.columns = policy, scorer, overlap, columns
         self._prompts = PromptCache(policy)
 
     def encode(self, dataset: datasets.Dataset, rows: list[int]) -> tuple[Conditioning, list[int]]:

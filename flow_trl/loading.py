@@ -59,21 +59,8 @@ def model_name(model: str | DiffusionPipeline) -> str:
     return str(model if isinstance(model, str) else getattr(model, "name_or_path", None) or type(model).__name__)
 
 
-def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], is_lora: bool) -> None:
-    """
-    Checks that the denoisers of a loaded pipeline can be trained and saved.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]):
-            The pipeline.
-        denoisers (`dict[str, torch.nn.Module]`):
-            Its denoisers by name.
-        is_lora (`bool`):
-            Whether an adapter is trained.
-
-    Raises:
-        ValueError: for what would train something else than is saved, or nothing.
-    """
+def _check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Module], is_lora: bool) -> None:
+    """Raises a `ValueError` for what would train something else than is saved, or nothing."""
     partly = [name for name, denoiser in denoisers.items() if getattr(denoiser, "peft_config", None)]
     if partly and len(partly) < len(denoisers):
         raise ValueError(
@@ -117,17 +104,10 @@ def check_components(pipe: DiffusionPipeline, denoisers: dict[str, torch.nn.Modu
 
 def active_adapter(denoiser: torch.nn.Module) -> str:
     """
-    The adapter of a denoiser that is trained.
-
-    Args:
-        denoiser (`torch.nn.Module`):
-            A denoiser with adapters.
-
-    Returns:
-        `str`: its name.
+    Name of the adapter that is trained, of a denoiser with adapters.
 
     Raises:
-        ValueError: if there are several, or its strength is not 1.
+        ValueError: if several are active, or it is fused, or its strength is not 1.
     """
     active = denoiser.active_adapters
     active = list(active() if callable(active) else active)
@@ -137,13 +117,13 @@ def active_adapter(denoiser: torch.nn.Module) -> str:
             "or merge the others by `pipe.fuse_lora(adapter_names=[...])`."
         )
     name = active[0]
-    for layer in denoiser.modules():
-        if isinstance(layer, LoraLayer) and layer.merged:
+    for layer in (module for module in denoiser.modules() if isinstance(module, LoraLayer)):
+        if layer.merged:
             raise ValueError(
                 f"The adapter `{name}` of `model` is fused, so it cannot be trained: also call `pipe.unload_lora_weights()`, and pass "
                 "a `peft_config`."
             )
-        if isinstance(layer, LoraLayer) and name in layer.scaling and name in layer.r:
+        if name in layer.scaling and name in layer.r:
             root = layer.r[name] ** 0.5 if denoiser.peft_config[name].use_rslora else layer.r[name]
             strength = layer.scaling[name] * root / layer.lora_alpha[name]
             if abs(strength - 1) > 1e-6:
@@ -173,10 +153,11 @@ def prepare_denoisers(
         `bool`: whether an adapter is trained.
 
     Raises:
-        ValueError: if there is an adapter already, or `peft_config` does not fit, or see [`check_components`].
+        ValueError: if there is an adapter already, if `peft_config` does not fit, or if something else than is saved
+            would be trained, or nothing.
     """
     adapted = any(getattr(denoiser, "peft_config", None) for denoiser in denoisers.values())
-    check_components(pipe, denoisers, adapted or peft_config is not None)
+    _check_components(pipe, denoisers, adapted or peft_config is not None)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
@@ -201,21 +182,10 @@ def prepare_denoisers(
 
 def compile_denoisers(denoisers: dict[str, torch.nn.Module], accelerator: Accelerator) -> None:
     """
-    Compiles, if an accelerator was told to, the blocks of which denoisers consist (regional compilation; those that their classes
-    name, else the whole). It is done in place, so what samples is what trains, and weights keep their names; accelerate, which
-    would compile what updates call alone, is told that it is done.
-
-    Args:
-        denoisers (`dict[str, torch.nn.Module]`):
-            Denoisers by name, with their adapters.
-        accelerator ([`~accelerate.Accelerator`]):
-            That which prepares them afterwards.
-
-    Example:
-
-    ```python
-    >>> compile_denoisers({"transformer": pipe.transformer}, Accelerator(dynamo_backend="inductor"))
-    ```
+    Compiles, if an accelerator was told to, the blocks of which denoisers consist (regional compilation; those that
+    their classes name, else the whole), after adapters were added and before the accelerator prepares them. It is done
+    in place, so what samples is what trains, and weights keep their names; accelerate, which would compile what
+    updates call alone, is told that it is done.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
@@ -259,19 +229,10 @@ def save_lora(
     """
     Writes the adapters of denoisers as the pipeline's `load_lora_weights` reads them, or, where a class has none, as its
     denoiser does (`load_lora_adapter`, or [`~peft.PeftModel.from_pretrained`]). That of a second denoiser goes into a file
-    with its name.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]):
-            The pipeline.
-        denoisers (`dict[str, torch.nn.Module]`):
-            Its denoisers by name.
-        folder (`str`):
-            Where to write.
-        state_dict (`dict[str, Any]`, *optional*):
-            Weights of the module that is trained, if they are not in it.
+    with its name. `state_dict` has the weights of the module that is trained, if they are not in it.
     """
-    for number, (name, denoiser) in enumerate(denoisers.items()):
+    first = next(iter(denoisers))
+    for name, denoiser in denoisers.items():
         own = None if state_dict is None else weights_of(name, denoisers, state_dict)
         adapter = active_adapter(denoiser)
         if isinstance(denoiser, PeftModel):
@@ -280,10 +241,9 @@ def save_lora(
             denoiser.save_lora_adapter(folder, adapter_name=adapter)
         else:
             layers = get_peft_model_state_dict(denoiser, state_dict=own, adapter_name=adapter)
-            loaded_as = next(iter(denoisers))
-            metadata = {f"{loaded_as}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
-            file = {"weight_name": f"{name}.safetensors"} if number else {}
-            pipe.save_lora_weights(folder, **{f"{loaded_as}_lora_layers": layers}, **metadata, **file)
+            metadata = {f"{first}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
+            file = {} if name == first else {"weight_name": f"{name}.safetensors"}
+            pipe.save_lora_weights(folder, **{f"{first}_lora_layers": layers}, **metadata, **file)
 
 
 def place_components(

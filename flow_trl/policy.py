@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .conditioning import Batch, Conditioning, NoRows, Row, each, find_rows, fits, has_padding, split_rows, with_masks
+from .conditioning import Batch, Conditioning, NoRows, Row, find_rows, fits, has_padding, split_rows, with_masks
 from .stand_ins import (
     Encoded,
     Experts,
@@ -61,12 +62,9 @@ class Start(NamedTuple):
     Where sampling begins.
 
     Args:
-        latents (`torch.Tensor` of shape `(N, ...)`, float32):
-            Initial noise as this pipeline shapes and packs it.
-        schedule ([`Schedule`]):
-            Timesteps and sigmas with this pipeline's own shift.
-        conditioning ([`Conditioning`]):
-            What the pipeline computed of the prompts.
+        latents (`torch.Tensor` of shape `(N, ...)`, float32): initial noise as this pipeline shapes and packs it.
+        schedule ([`Schedule`]): timesteps and sigmas with this pipeline's own shift.
+        conditioning ([`Conditioning`]): what the pipeline computed of the prompts.
     """
 
     latents: torch.Tensor
@@ -88,20 +86,8 @@ def _quiet():
             library.set_verbosity(verbosity)
 
 
-def _inverted(value: Any) -> Any:
-    return Image.eval(value, lambda channel: 255 - channel) if isinstance(value, Image.Image) else value
-
-
-_NO_BATCH = (
-    NoRows,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-)
+def _inverted(image: Image.Image) -> Image.Image:
+    return Image.eval(image, lambda channel: 255 - channel)
 
 
 class _Found(NamedTuple):
@@ -180,18 +166,38 @@ class PipelinePolicy:
         offload_text_encoders: bool = False,
         **call_kwargs: Any,
     ):
-        name = type(pipe).__name__
         self.pipe = pipe
-        names = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
-        if not names or getattr(pipe, "scheduler", None) is None:
-            raise ValueError(
-                f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
-            )
-        self.denoiser_names = names
-        self._experts = Experts({part: getattr(pipe, part) for part in names}) if len(names) > 1 else None
+        self.denoiser_names = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
         self._call_function = inspect.unwrap(type(pipe).__call__)
         parameters = inspect.signature(self._call_function).parameters
         self._call_defaults = {key: parameter.default for key, parameter in parameters.items()}
+        self._check_pipe()
+        self._experts = Experts(self.denoisers) if len(self.denoiser_names) > 1 else None
+        own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
+        self._check_arguments(guidance_scale, own, negative_prompt, call_kwargs)
+        self.negative_prompt = negative_prompt
+        self.offload_text_encoders = offload_text_encoders
+        self.call_kwargs = dict(call_kwargs)
+        if guidance_scale is not None:
+            self.call_kwargs[own] = guidance_scale
+        self._runner_class = runner_class(type(pipe))
+        self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
+        self._recorded_of_processors = {
+            part: list(filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)))
+            for part, processor in vars(pipe).items()
+            if part.endswith("_processor")
+        }
+        self._found: _Found | None = None
+        self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
+        self.forward = self.denoiser
+        self.evaluations = 0
+
+    def _check_pipe(self) -> None:
+        name = type(self.pipe).__name__
+        if not self.denoiser_names or getattr(self.pipe, "scheduler", None) is None:
+            raise ValueError(
+                f"`pipe` ({name}) has no `transformer` or `unet` and `scheduler`: a policy is a pipeline that denoises latents."
+            )
         needed = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
         missing = [key for key in needed if key not in self._call_defaults]
         if missing:
@@ -199,7 +205,17 @@ class PipelinePolicy:
                 f"`pipe` ({name}) cannot be a policy: its `__call__` does not take {missing}. Use a pipeline from a text to "
                 "images or videos, with diffusers' usual arguments."
             )
-        own = "guidance_scale" if self._call_defaults.get("guidance_scale") is not None else "true_cfg_scale"
+        for part in ("guider", "ocr_guider"):
+            if getattr(getattr(self.pipe, part, None), "adaptive_projected_guidance_momentum", None):
+                raise ValueError(
+                    f"`pipe.{part}` has a momentum, so its guidance depends on the latents of earlier steps; a policy's cannot. "
+                    "Set its `adaptive_projected_guidance_momentum=None`."
+                )
+
+    def _check_arguments(
+        self, guidance_scale: float | None, own: str, negative_prompt: str | None, call_kwargs: dict[str, Any]
+    ) -> None:
+        name = type(self.pipe).__name__
         if guidance_scale is not None and own not in self._call_defaults:
             raise ValueError(
                 f"`guidance_scale={guidance_scale}` is not an argument of `{name}.__call__`: leave it out, and set what the "
@@ -214,17 +230,6 @@ class PipelinePolicy:
             raise ValueError(
                 f"`negative_prompt={negative_prompt!r}` is not an argument of `{name}.__call__`: leave it out."
             )
-        for part in ("guider", "ocr_guider"):
-            if getattr(getattr(pipe, part, None), "adaptive_projected_guidance_momentum", None):
-                raise ValueError(
-                    f"`pipe.{part}` has a momentum, so its guidance depends on the latents of earlier steps; a policy's cannot. "
-                    "Set its `adaptive_projected_guidance_momentum=None`."
-                )
-        self.negative_prompt = negative_prompt
-        self.offload_text_encoders = offload_text_encoders
-        self.call_kwargs = dict(call_kwargs)
-        if guidance_scale is not None:
-            self.call_kwargs[own] = guidance_scale
         for key, value in call_kwargs.items():
             if key not in self._call_defaults or key in _RESERVED or key.endswith(("_embeds", "_mask")):
                 reason = "is set by the policy" if key in self._call_defaults else "is unknown to the pipeline"
@@ -232,17 +237,6 @@ class PipelinePolicy:
                     f"`{key}={value!r}` cannot be passed on to `{name}.__call__`: it {reason}. "
                     "Remove it from the pipeline's keyword arguments."
                 )
-        self._runner_class = runner_class(type(pipe))
-        self._recorded = list(filter(_RECORDED.fullmatch, dir(type(pipe))))
-        self._recorded_of_processors = {
-            part: list(filter(_RECORDED_OF_PROCESSORS.fullmatch, dir(processor)))
-            for part, processor in vars(pipe).items()
-            if part.endswith("_processor")
-        }
-        self._found: _Found | None = None
-        self._asked: dict[int, int] = {}  # `num_inference_steps` of the call that runs so many steps
-        self.forward = self.denoiser
-        self.evaluations = 0
 
     @property
     def denoisers(self) -> dict[str, torch.nn.Module]:
@@ -314,15 +308,8 @@ class PipelinePolicy:
 
     def texts(self, prompts: list[str]) -> dict[str, list[str]]:
         """
-        What a call is given of texts: prompts and, where there are any, negative prompts (the empty one for pipelines that
-        would leave guidance out without one).
-
-        Args:
-            prompts (`list[str]`):
-                N prompts.
-
-        Returns:
-            `dict[str, list[str]]`: arguments of the call, each of length N.
+        The arguments of a call that are texts, each of length N: prompts and, where there are any, negative prompts
+        (the empty one for pipelines that would leave guidance out without one).
         """
         true_scale = self.call_kwargs.get("true_cfg_scale", self._call_defaults.get("true_cfg_scale", 0))
         negative = "" if self.negative_prompt is None and true_scale > 1 else self.negative_prompt
@@ -332,12 +319,11 @@ class PipelinePolicy:
     @contextmanager
     def _text_encoders(self):
         """Within this context the text encoders are where they encode."""
-        encoders = []
-        if self.offload_text_encoders:
-            modules = self.pipe.components
-            encoders = [
-                modules[name] for name in modules if name.startswith("text_encoder") and modules[name] is not None
-            ]
+        encoders = [
+            module
+            for name, module in self.pipe.components.items()
+            if self.offload_text_encoders and name.startswith("text_encoder") and module is not None
+        ]
         try:
             for encoder in encoders:
                 encoder.to(self.device)
@@ -347,7 +333,11 @@ class PipelinePolicy:
                 encoder.to("cpu")
 
     def _runner(self, around: Callable[[str, Callable], Callable], scheduler: Any) -> DiffusionPipeline:
-        """A shallow copy of the pipeline, for one call, with `around(name, method)` for each method that is recorded."""
+        """
+        A shallow copy of the pipeline, for one call, whose methods that are recorded are `around(name, method)`; what
+        they call are the methods themselves.
+        """
+        around = _outermost(around)
         runner = copy.copy(self.pipe)
         runner.__class__ = self._runner_class
         attributes = {"scheduler": scheduler, "_policy_device": self.device, "_progress_bar_config": {"disable": True}}
@@ -360,8 +350,9 @@ class PipelinePolicy:
             for name in names:
                 processor.__dict__[name] = around(f"{part}.{name}", getattr(processor, name))
             runner.__dict__[part] = processor
-        for part in [part for part in vars(self.pipe) if part.endswith("guider")]:
-            runner.__dict__[part] = copy.copy(getattr(self.pipe, part))
+        for part, module in vars(self.pipe).items():
+            if part.endswith("guider"):
+                runner.__dict__[part] = copy.copy(module)
         vae = getattr(self.pipe, "vae", None)
         if hasattr(vae, "encode"):
             runner.__dict__["vae"] = copied = copy.copy(vae)
@@ -369,28 +360,19 @@ class PipelinePolicy:
             copied.__dict__["encode"] = lambda *args, **kwargs: Encoded(encode(*args, **kwargs))
         return runner
 
-    def _given(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """What is given for one prompt, paths as images."""
-        return {
-            name: each(lambda v: load_image(v) if isinstance(v, str | Image.Image) else v, value)
-            for name, value in columns.items()
-        }
-
     def _record(self, prompts: list[str], given: dict[str, Any]) -> tuple[tuple[str, ...], list]:
         """What the pipeline's methods return before the first step: their names, and their outputs."""
-        names, outputs, depth = [], [], 0
+        names, outputs = [], []
 
         def around(name: str, method: Callable) -> Callable:
             def recorded(*args, **kwargs):
-                nonlocal depth
-                depth += 1
-                try:
-                    output = method(*args, **kwargs)
-                finally:
-                    depth -= 1
-                if depth == 0 and _tensors(output):
+                output = method(*args, **kwargs)
+                if _tensors(output):
                     names.append(name)
-                    outputs.append(self._without_latents(output) if name == "prepare_latents" else output)
+                    if name == "prepare_latents":  # of its latents the data type and the device are wanted
+                        outputs.append(_with_latents(output, _latents_of(output).new_empty(0)))
+                    else:
+                        outputs.append(output)
                 return output
 
             return recorded
@@ -403,20 +385,13 @@ class PipelinePolicy:
         self._call(runner, prompts, given, num_inference_steps=self.steps_asked(2), generator=generator)
         return tuple(names), outputs
 
-    @staticmethod
-    def _without_latents(output: Any) -> Any:
-        """What `prepare_latents` returns, its latents without entries: their data type and device are wanted."""
-        if isinstance(output, torch.Tensor):
-            return output.new_empty(0)
-        return (output[0].new_empty(0), *output[1:])
-
     def _find_rows(self, given: dict[str, Any]) -> None:
         """Finds out how what is recorded depends on the prompts, from a short one, a longer one, and both in one call."""
         prompt, longer, error = "a", "a" + 20 * " a", None
         with _quiet():  # nobody gave these prompts
             names, first = self._record([prompt], given)
             singles = bool(given) and not any(isinstance(value, list) for value in given.values())
-            other = {name: each(_inverted, value) for name, value in given.items()}
+            other = tree_map_only(Image.Image, _inverted, given)
             for in_lists in (True, False) if singles else (False,):  # whether a call may have an image for each prompt
                 together = {name: [value, other[name]] for name, value in given.items()} if in_lists else given
                 try:
@@ -425,7 +400,7 @@ class PipelinePolicy:
                     if both_names != names:
                         raise NoRows("its methods are called in another order")
                     layout, masked = find_rows(first, second, both)
-                except _NO_BATCH as caught:
+                except Exception as caught:  # a class that takes one prompt raises whatever it comes upon
                     error = caught
                 else:
                     shapes = [[tuple(v.shape) for v in _tensors(values)] for values in (first, second)]
@@ -460,12 +435,15 @@ class PipelinePolicy:
             [`Conditioning`] of length N.
         """
         prompts = list(prompts)
-        given = [self._given({name: column[i] for name, column in columns.items()}) for i in range(len(prompts))]
+        given = [
+            tree_map_only((str, Image.Image), load_image, {name: column[i] for name, column in columns.items()})
+            for i in range(len(prompts))
+        ]
         with self._text_encoders():
             return Conditioning(self._encoded(prompts, given))
 
     def _encoded(self, prompts: list[str], given: list[dict[str, Any]]) -> list[Row]:
-        if self._found is None and prompts:
+        if self._found is None:
             self._find_rows(given[0])
         found, calls, rows = self._found, [(prompts, {})], []
         if any(given) or found.layout is None or (found.lengths_differ and not has_padding(found.layout)):
@@ -484,28 +462,28 @@ class PipelinePolicy:
 
     def _run(
         self,
-        conditioning: Conditioning,
+        calls: list[Batch],
         scheduler: Callable[[list[int]], StandIn],
         latents: torch.Tensor | None = None,
         *,
         evaluates: Callable[[], bool] = lambda: False,
         grad: bool = False,
         **kwargs: Any,
-    ) -> list[tuple[list[int], Any]]:
-        """Calls the pipeline once for each batch, with what was recorded given back: places of its rows, and its output."""
-        results = []
-        for batch in conditioning.batches if latents is not None else self._calls(conditioning):
+    ) -> list[Any]:
+        """What the pipeline returns for each batch, with what was recorded given back."""
+        outputs = []
+        for batch in calls:
             index, stand_in = batch.index, scheduler(batch.index)
             given = None if latents is None else latents[index]
             runner = self._runner(_giving_back(batch.recorded, stand_in, given), stand_in)
             chosen = {
                 name: [value[i] for i in index] if isinstance(value, list) else value for name, value in kwargs.items()
             }
-            results.append((index, self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen)))
-        return results
+            outputs.append(self._call(runner, batch.prompts, batch.given, evaluates, grad, **chosen))
+        return outputs
 
     @staticmethod
-    def _calls(conditioning: Conditioning) -> list[Batch]:
+    def _calls_from_noise(conditioning: Conditioning) -> list[Batch]:
         """The calls that begin with noise: one for each row with images of which a call can have one."""
         if all(row.in_list or not row.given for row in conditioning.rows):
             return conditioning.batches
@@ -590,10 +568,8 @@ class PipelinePolicy:
             stand_in = StandIn.of(self.pipe.scheduler, on_step)
             return stand_in
 
-        asked = self.steps_asked(num_inference_steps)
-        results = self._run(
-            conditioning, scheduler, output_type="latent", num_inference_steps=asked, generator=generator
-        )
+        calls, asked = self._calls_from_noise(conditioning), self.steps_asked(num_inference_steps)
+        self._run(calls, scheduler, output_type="latent", num_inference_steps=asked, generator=generator)
         schedules = []
         for _, steps, stand_in in starts:
             if float(getattr(stand_in, "init_noise_sigma", 1.0)) != 1.0:
@@ -611,19 +587,10 @@ class PipelinePolicy:
             schedules.append(Schedule(torch.stack(steps).to(self.device), sigmas))
         if any(not torch.equal(schedule.timesteps, schedules[0].timesteps) for schedule in schedules):
             raise ValueError("The images of a batch have different noise schedules: give them the same size.")
-        return Start(_in_places(results, [start[0].float() for start in starts]), schedules[0], conditioning)
+        return Start(_in_places(calls, [start[0].float() for start in starts]), schedules[0], conditioning)
 
     def steps_asked(self, num_inference_steps: int) -> int:
-        """
-        Argument of `__call__` with which the pipeline runs so many steps.
-
-        Args:
-            num_inference_steps (`int`):
-                Number T of steps that are run.
-
-        Returns:
-            `int`: T, or more where the call has a `strength` below 1.
-        """
+        """Argument of `__call__` with which the pipeline runs so many steps: more with a `strength` below 1."""
         strength = self.call_kwargs.get("strength", self._call_defaults.get("strength"))
         get_timesteps = getattr(type(self.pipe), "get_timesteps", None)
         if strength is None or get_timesteps is None:
@@ -691,12 +658,13 @@ class PipelinePolicy:
             step = 0
             return StandIn.of(self.pipe.scheduler, on_step, schedule, asked - len(schedule.timesteps))
 
-        results = self._run(
-            conditioning, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
+        calls = conditioning.batches
+        self._run(
+            calls, scheduler, latents.to(self.device), evaluates=lambda: step == step_index, grad=grad,
             num_inference_steps=asked,
         )  # fmt: skip
         self.evaluations += len(latents)
-        return _in_places(results, outputs)
+        return _in_places(calls, outputs)
 
     def decode(
         self, latents: torch.Tensor, conditioning: Conditioning, output_type: str = "pil"
@@ -725,12 +693,12 @@ class PipelinePolicy:
         def scheduler(index: list[int]) -> StandIn:
             return StandIn.of(self.pipe.scheduler, lambda *args: latents[index], schedule, asked - 2)
 
-        as_bytes = output_type in ("pil", "uint8")
-        results = self._run(
-            conditioning, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type,
+        as_bytes, calls = output_type in ("pil", "uint8"), conditioning.batches
+        outputs = self._run(
+            calls, scheduler, latents, num_inference_steps=asked, output_type="pt" if as_bytes else output_type,
             generator=[sample_generator("decode") for _ in latents],
         )  # fmt: skip
-        output = _in_places(results, [result[0] for _, result in results])
+        output = _in_places(calls, [output[0] for output in outputs])
         if not as_bytes:
             return output
         # As `VaeImageProcessor` does it, but before the pixels leave the GPU.
@@ -766,16 +734,14 @@ class PipelinePolicy:
         Raises:
             ValueError: if there is a difference above rounding.
         """
-        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-        chosen = sorted(first.values())[:2]
+        chosen = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:2]
         prompts, before = [prompts[i] for i in chosen], self.evaluations
         generators = [sample_generator("check", i) for i in chosen]
         conditioning = self.encode(prompts, **{name: [column[i] for i in chosen] for name, column in columns.items()})
         latents, schedule, _ = self.start(conditioning, num_inference_steps, generators)
         twice = [self.predict(latents, 0, conditioning, schedule) for _ in range(2)]
         name = type(self.pipe).__name__
-        exact = next(self.denoiser.parameters()).dtype == torch.float32
-        tolerance = 1e-3 if exact else 0.1
+        tolerance = 1e-3 if next(self.denoiser.parameters()).dtype == torch.float32 else 0.1
         difference = ((twice[0] - twice[1]).abs().max() / twice[0].std()).item()
         if not difference <= tolerance:
             raise ValueError(
@@ -789,8 +755,8 @@ class PipelinePolicy:
             latents = ode_step(output, latents, step, step + 1, schedule)
         self.evaluations = before
 
-        outputs = []
-        for batch in self._calls(conditioning):
+        outputs, calls = [], self._calls_from_noise(conditioning)
+        for batch in calls:
             runner = self._runner(lambda name, method: method, copy.deepcopy(self.pipe.scheduler))
             with self._text_encoders():
                 outputs += runner(
@@ -798,7 +764,7 @@ class PipelinePolicy:
                     num_inference_steps=self.steps_asked(num_inference_steps),
                     generator=[sample_generator("check", chosen[i]) for i in batch.index], return_dict=False,
                 )[:1]  # fmt: skip
-        expected = _in_places([(batch.index, None) for batch in self._calls(conditioning)], outputs).float()
+        expected = _in_places(calls, outputs).float()
         latents = self.decode(latents, conditioning, output_type="latent").float()  # what follows the loop
         difference = math.inf
         if latents.shape == expected.shape:
@@ -813,48 +779,69 @@ class PipelinePolicy:
         return difference
 
 
+def _outermost(around: Callable[[str, Callable], Callable]) -> Callable[[str, Callable], Callable]:
+    """Puts something around methods, unless one of them is called by another."""
+    is_inside = False
+
+    def outermost(name: str, method: Callable) -> Callable:
+        replacement = around(name, method)
+
+        def called(*args, **kwargs):
+            nonlocal is_inside
+            if is_inside:
+                return method(*args, **kwargs)
+            is_inside = True
+            try:
+                return replacement(*args, **kwargs)
+            finally:
+                is_inside = False
+
+        return called
+
+    return outermost
+
+
 def _giving_back(recorded: list[tuple[str, Any]], stand_in: StandIn, latents: torch.Tensor | None) -> Callable:
     """
     What is put around a pipeline's methods so that they return what was recorded, with the given latents; without
     latents, with those that the pipeline prepares, whose shape the stand-in is told.
     """
-    pending, depth = defaultdict(list), 0
+    pending = defaultdict(list)
     for name, output in reversed(recorded):
         pending[name].append(output)
 
     def around(name: str, method: Callable) -> Callable:
         def given_back(*args, **kwargs):
-            nonlocal depth
-            known = pending[name].pop() if depth == 0 and pending[name] else None
-            prepares = depth == 0 and name == "prepare_latents"
-            if known is not None and not prepares:
-                return known
+            known = pending[name].pop() if pending[name] else None
+            if name != "prepare_latents":
+                return method(*args, **kwargs) if known is None else known
             if known is not None and latents is not None:
-                made = known if isinstance(known, torch.Tensor) else known[0]
-                made = latents.to(made.device, made.dtype)
-            else:
-                depth += 1
-                try:
-                    output = method(*args, **kwargs)
-                finally:
-                    depth -= 1
-                if not prepares:
-                    return output
-                made = output if isinstance(output, torch.Tensor) else output[0]
-                stand_in.prepared = made.shape
-                known = output if known is None else known
-            return made if isinstance(known, torch.Tensor) else type(known)((made, *known[1:]))
+                made = _latents_of(known)
+                return _with_latents(known, latents.to(made.device, made.dtype))
+            output = method(*args, **kwargs)
+            made = _latents_of(output)
+            stand_in.prepared = made.shape
+            return _with_latents(output if known is None else known, made)
 
         return given_back
 
     return around
 
 
-def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tensor | list:
+def _latents_of(prepared: Any) -> torch.Tensor:
+    """The latents in what `prepare_latents` returned."""
+    return prepared if isinstance(prepared, torch.Tensor) else prepared[0]
+
+
+def _with_latents(prepared: Any, latents: torch.Tensor) -> Any:
+    return latents if isinstance(prepared, torch.Tensor) else type(prepared)((latents, *prepared[1:]))
+
+
+def _in_places(calls: list[Batch], parts: list) -> torch.Tensor | list:
     """The rows of several calls, in the places that the calls have."""
     if len(parts) == 1:
         return parts[0]
-    places = [place for index, _ in results for place in index]
+    places = [place for call in calls for place in call.index]
     order = sorted(range(len(places)), key=places.__getitem__)
     if isinstance(parts[0], torch.Tensor):
         if len({part.shape[1:] for part in parts}) > 1:
@@ -868,9 +855,7 @@ def _in_places(results: list[tuple[list[int], Any]], parts: list) -> torch.Tenso
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    found = []
-    each(lambda entry: found.append(entry) if isinstance(entry, torch.Tensor) else None, value)
-    return found
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class ReferencePolicy:

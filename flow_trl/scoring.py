@@ -9,7 +9,7 @@ import numbers
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from decimal import Decimal
 from functools import partial
@@ -56,19 +56,20 @@ def _read(result: Any) -> Any:
 
 
 def own_images(images: list | torch.Tensor) -> list:
-    """
-    PIL images that share nothing with anyone.
-
-    Args:
-        images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `torch.Tensor`):
-            Images, videos as lists of frames, or pixels as [`~utils.to_pil`] takes them.
-
-    Returns:
-        `list`: N images, or N lists of frames.
-    """
+    """PIL images, or lists of frames, that share nothing with those given (or pixels, see [`~utils.to_pil`])."""
     if isinstance(images, torch.Tensor):
         return to_pil(images)
     return [own_images(image) if isinstance(image, list) else image.copy() for image in images]
+
+
+def _taken(func: Callable, names: Iterable[str]) -> list[str]:
+    """Those of some keyword arguments that a function takes."""
+    try:
+        parameters = inspect.signature(func).parameters
+    except ValueError:  # a callable that does not tell its signature
+        return []
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [name for name in names if takes_all or name in parameters]
 
 
 class RewardLog:
@@ -181,11 +182,9 @@ class Scorer:
         self.weights = torch.tensor([weight_of.get(name, 0.0) for name in self.names])
         self.trained = self.weights.nonzero().flatten().tolist()
         self.in_domain = [f for f, name in enumerate(self.names) if name in weight_of]
-        self.reward_timeout, self.reward_retries, self.reward_on_error = (
-            reward_timeout,
-            reward_retries,
-            reward_on_error,
-        )
+        self.reward_timeout = reward_timeout
+        self.reward_retries = reward_retries
+        self.reward_on_error = reward_on_error
         self.failures: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = threading.Lock()
@@ -201,16 +200,8 @@ class Scorer:
 
     def check(self, dataset: str, columns: list[str]) -> None:
         """
-        Raises if a function cannot be called with the columns of a data set.
-
-        Args:
-            dataset (`str`):
-                What the data set is called in the message.
-            columns (`list[str]`):
-                Its columns beside the prompt.
-
-        Raises:
-            TypeError, ValueError: with the function's name.
+        Raises a `TypeError` or `ValueError` if a function cannot be called with the columns, beside the prompt, of a
+        data set, which is called `dataset` in the message.
         """
         reserved = {"prompts", "images", *EXTRAS} & set(columns)
         if reserved:
@@ -219,7 +210,7 @@ class Scorer:
             )
         for name, func in zip(self.names, self.funcs, strict=True):
             try:
-                inspect.signature(func).bind(**dict.fromkeys(["prompts", "images", *columns]), **self._extras(func))
+                inspect.signature(func).bind(**dict.fromkeys(["prompts", "images", *columns, *_taken(func, EXTRAS)]))
             except ValueError:  # a callable that does not tell its signature
                 continue
             except TypeError as error:
@@ -228,17 +219,6 @@ class Scorer:
                     f"with `prompts`, `images` and the other columns {columns}; it can take those that it does not need "
                     "as `**columns`."
                 ) from error
-
-    @staticmethod
-    def _extras(func: Callable, given: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Those of `given` that a function takes."""
-        try:
-            parameters = inspect.signature(func).parameters
-        except ValueError:
-            return {}
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        given = dict.fromkeys(EXTRAS) if given is None else given
-        return {name: value for name, value in given.items() if takes_all or name in parameters}
 
     def __call__(
         self,
@@ -279,7 +259,7 @@ class Scorer:
         asked = range(len(self.funcs)) if functions is None else functions
         scores = torch.full((len(prompts), len(self.funcs)), float("nan"))
         arguments = (images, prompts, columns, extras or {})
-        started = {f: self._start(f, *arguments) for f in asked if self._is_async(f)}
+        started = {f: self._start(f, *arguments) for f in asked if is_async_callable(self.funcs[f])}
         concurrent = {f: in_thread(partial(self._try, f, *arguments, future)) for f, future in started.items()}
         results = {f: self._try(f, *arguments) for f in asked if f not in concurrent}
         results |= {f: future.result() for f, future in concurrent.items()}
@@ -289,29 +269,15 @@ class Scorer:
 
     def weighted(self, scores: torch.Tensor) -> torch.Tensor:
         """
-        Rewards: the weighted sum of scores over the functions that have a weight and apply.
-
-        Args:
-            scores (`torch.Tensor` of shape `(..., F)`):
-                Scores.
-
-        Returns:
-            `torch.Tensor` of shape `(...)`: rewards, 0 where no function applies.
+        Rewards (...) of scores (..., F): the weighted sum over the functions that have a weight and apply, 0 where
+        none applies.
         """
         return (scores * self.weights).nansum(dim=-1)
 
     def metrics(self, scores: torch.Tensor, errors: bool = False) -> dict[str, float]:
         """
-        Figures of each function over the images to which it applies.
-
-        Args:
-            scores (`torch.Tensor` of shape `(N, F)`):
-                Scores.
-            errors (`bool`, *optional*, defaults to `False`):
-                Whether to add the standard errors of the means.
-
-        Returns:
-            `dict[str, float]`: `rewards/<name>/mean`, `/std` and, with `errors`, `/se`.
+        Figures of each function over the images to which it applies, of scores (N, F): `rewards/<name>/mean`, `/std`
+        and, with `errors`, the standard error of the mean, `/se`.
         """
         metrics = {}
         for name, values in zip(self.names, scores.T, strict=True):
@@ -326,9 +292,6 @@ class Scorer:
     def unscored(self, scores: torch.Tensor) -> list[str]:
         """Names of the trained functions that applied to none of the images of scores (..., F)."""
         return [self.names[f] for f in self.trained if scores[..., f].isnan().all()]
-
-    def _is_async(self, f: int) -> bool:
-        return is_async_callable(self.funcs[f])
 
     def _try(
         self, f: int, images: list, prompts: list[str], columns: dict, extras: dict, started: Future | None = None
@@ -366,9 +329,9 @@ class Scorer:
         """Calls a function: an async one in the event loop, a sync one here, or in a thread if it can take too long."""
         func, future = self.funcs[f], Future()
         arguments = {"prompts": list(prompts), "images": own_images(images), **copy.deepcopy(columns)}
-        arguments |= self._extras(func, extras)
+        arguments |= {name: extras[name] for name in _taken(func, extras)}
         try:
-            if self._is_async(f):
+            if is_async_callable(func):
                 return self._submit(func(**arguments))
             if self.reward_timeout is not None:
                 return in_thread(lambda: _read(func(**arguments)))
@@ -409,13 +372,14 @@ class Scorer:
     def _leave_blocked_loop(self) -> None:
         """Lets a new event loop serve the next calls if an async function blocks the present one."""
         loop = self._loop
-        if loop is not None:
-            try:
-                asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=1)
-            except TimeoutError:
-                with self._starting:
-                    if self._loop is loop:  # not one that another function has started meanwhile
-                        self._loop = None
+        if loop is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=1)
+        except TimeoutError:
+            with self._starting:
+                if self._loop is loop:  # not one that another function has started meanwhile
+                    self._loop = None
 
     def _checked(self, f: int, result: Any, prompts: list[str]) -> list[float]:
         name = self.names[f]

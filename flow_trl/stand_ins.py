@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils._pytree import tree_map
 
 
 class Schedule(NamedTuple):
@@ -15,10 +16,9 @@ class Schedule(NamedTuple):
     The noise levels of one sampling run, as the pipeline sets them.
 
     Args:
-        timesteps (`torch.Tensor` of shape `(T,)`):
-            What the denoiser is given at each step.
-        sigmas (`torch.Tensor` of shape `(T + 1,)`, float32, on the CPU, *optional*):
-            Noise level before each step and after the last, where the scheduler has such.
+        timesteps (`torch.Tensor` of shape `(T,)`): what the denoiser is given at each step.
+        sigmas (`torch.Tensor` of shape `(T + 1,)`, float32, on the CPU, *optional*): noise level before each step and
+            after the last, where the scheduler has such.
     """
 
     timesteps: torch.Tensor
@@ -133,12 +133,8 @@ class NoOutput(tuple):
 
 
 def no_evaluation(*args, **kwargs) -> NoOutput:
-    given = next(
-        (kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), args[0] if args else None
-    )
-    if isinstance(given, list):
-        return NoOutput(([torch.zeros_like(entry) for entry in given],))
-    return NoOutput((torch.zeros_like(given),))
+    names = [name for name in ("hidden_states", "sample", "x") if name in kwargs]
+    return NoOutput((tree_map(torch.zeros_like, kwargs[names[0]] if names else args[0]),))
 
 
 def no_control(*args, **kwargs) -> tuple[tuple, torch.Tensor]:

@@ -143,19 +143,13 @@ def flow_step(
         std = a * math.sqrt(s / (1 - s_safe))
         noise_std = std * math.sqrt(-dt)
         mean = x * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
+        log_density = _normal_log_density
     else:
         std = noise_std = s_next * math.sin(a * math.pi / 2)
         x0, x1 = x - s * v, x + (1 - s) * v
         mean = (1 - s_next) * x0 + s_next * math.cos(a * math.pi / 2) * x1  # cos: sqrt(s'^2 - std^2)
-
-    next_sample = next_sample.float() if noise is None else mean + noise_std * noise.float()
-    if sde_type == "sde":
-        log_prob = _log_density(next_sample, mean, noise_std)
-    else:
-        log_prob = -((next_sample.detach() - mean) ** 2)
-    return Transition(
-        next_sample, mean, mean.new_full((), std), _mean_over_elements(log_prob), mean.new_full((), noise_std)
-    )
+        log_density = _negative_square
+    return _transition(mean, std, noise_std, log_density, next_sample, noise)
 
 
 def ddim_step(
@@ -179,9 +173,8 @@ def ddim_step(
     \qquad x' = \sqrt{\bar\alpha_{t'}}\, x_0 + \sqrt{1-\bar\alpha_{t'}-\sigma^2}\; \epsilon + \sigma z $$
 
     The next timestep t' is one stride of the scheduler below t, at least 0: so the last step is stochastic too, unless it
-    starts at timestep 0. The log-probability is the normal log-density. Everything is in float32, and a sample drawn with
-    `noise` and then passed back as `next_sample` has a bit-identical `log_prob`; as in [`flow_step`], it treats
-    `next_sample` as a constant.
+    starts at timestep 0. The log-probability is the normal log-density. Precision, gradients and what is
+    bit-identical are as in [`flow_step`].
 
     Args:
         model_output (`torch.Tensor` of shape `(B, ...)`):
@@ -195,10 +188,8 @@ def ddim_step(
             The noise schedule, after `set_timesteps`. It is not modified.
         eta (`float`, *optional*, defaults to `1.0`):
             Amount of noise, in (0, 1]. 1 is that of DDPM.
-        next_sample (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            A sample to score.
-        noise (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            Standard normal noise to draw a sample with. Exactly one of `next_sample` and `noise` must be given.
+        next_sample, noise (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            A sample to score, or noise to draw one with, as in [`flow_step`].
 
     Returns:
         [`Transition`]: `std` and `noise_std` are both the standard deviation \\( \sigma \\).
@@ -255,9 +246,7 @@ def ddim_step(
     elif config.clip_sample:
         x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
     mean = math.sqrt(alpha_next) * x0 + math.sqrt(1 - alpha_next - std**2) * epsilon
-    next_sample = next_sample.float() if noise is None else mean + std * noise.float()
-    log_prob = _mean_over_elements(_log_density(next_sample, mean, std))
-    return Transition(next_sample, mean, mean.new_full((), std), log_prob, mean.new_full((), std))
+    return _transition(mean, std, std, _normal_log_density, next_sample, noise)
 
 
 def kl_divergence(
@@ -295,11 +284,7 @@ def kl_divergence(
     tensor([2., 2.])
     ```
     """
-    if transition_mean.shape != reference_mean.shape:
-        raise ValueError(
-            f"`reference_mean` has shape {tuple(reference_mean.shape)}, but `transition_mean` has "
-            f"{tuple(transition_mean.shape)}: they must be equal."
-        )
+    _check_shape("reference_mean", reference_mean, "transition_mean", transition_mean)
     return _mean_over_elements((transition_mean.float() - reference_mean.float()) ** 2 / (2 * noise_std**2))
 
 
@@ -311,14 +296,30 @@ def _check_tensors(name, output, sample, next_sample, noise) -> None:
             "`next_sample` to score one."
         )
     for key, tensor in ((name, output), ("next_sample", next_sample), ("noise", noise)):
-        if tensor is not None and tensor.shape != sample.shape:
-            raise ValueError(
-                f"`{key}` has shape {tuple(tensor.shape)}, `sample` has {tuple(sample.shape)}: they must be equal."
-            )
+        if tensor is not None:
+            _check_shape(key, tensor, "sample", sample)
 
 
-def _log_density(next_sample: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
-    return -((next_sample.detach() - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+def _check_shape(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"`{name}` has shape {tuple(tensor.shape)}, `{other_name}` has {tuple(other.shape)}: they must be equal."
+        )
+
+
+def _transition(mean, std, noise_std, log_density, next_sample, noise) -> Transition:
+    """The step with this mean that is drawn with `noise`, or ends in `next_sample`."""
+    next_sample = next_sample.float() if noise is None else mean + noise_std * noise.float()
+    log_prob = _mean_over_elements(log_density(next_sample.detach(), mean, noise_std))
+    return Transition(next_sample, mean, mean.new_full((), std), log_prob, mean.new_full((), noise_std))
+
+
+def _normal_log_density(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+    return -((x - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def _negative_square(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+    return -((x - mean) ** 2)
 
 
 def _mean_over_elements(x: torch.Tensor) -> torch.Tensor:

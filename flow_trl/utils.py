@@ -65,14 +65,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def to_pil(pixels: torch.Tensor) -> list:
     """
-    PIL images of pixels.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(N, H, W, 3)` or `(N, frames, H, W, 3)`, uint8):
-            Images or videos, on the CPU.
-
-    Returns:
-        `list[PIL.Image.Image]` of length N, or a list of N lists of frames.
+    PIL images of uint8 pixels on the CPU: of `(N, H, W, 3)` a list of N images, of `(N, frames, H, W, 3)` a list of N
+    lists of frames.
     """
     if pixels.ndim == 3:
         return Image.fromarray(pixels.numpy())
@@ -87,13 +81,7 @@ def weights_of(name: str, denoisers: dict[str, Any], weights: dict[str, torch.Te
 
 def check_prompts(name: str, dataset: Any) -> None:
     """
-    Checks that prompts can be taken from a data set.
-
-    Args:
-        name (`str`):
-            What the data set is called in the message.
-        dataset ([`~datasets.Dataset`]):
-            The data set.
+    Checks that prompts can be taken from a data set, which is called `name` in the message.
 
     Raises:
         TypeError, ValueError: if it is no data set, is empty, or has no column `prompt` of strings.
@@ -123,15 +111,8 @@ def check_prompts(name: str, dataset: Any) -> None:
 
 def check_images(name: str, dataset: datasets.Dataset, columns: list[str]) -> None:
     """
-    Checks that every row has the images that a pipeline is given, without decoding them.
-
-    Args:
-        name (`str`):
-            What the data set is called in the message.
-        dataset ([`~datasets.Dataset`]):
-            The data set.
-        columns (`list[str]`):
-            Columns of images, paths, or lists of them.
+    Checks that every row of a data set, which is called `name` in the message, has the images that a pipeline is given
+    (in columns of images, paths, or lists of them), without decoding them.
 
     Raises:
         ValueError: if a column is missing, or a row has nothing or a path without a file in it.

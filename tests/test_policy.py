@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
-from flow_trl.conditioning import PromptCache, each
+from flow_trl.conditioning import PromptCache
 from flow_trl.policy import PipelinePolicy
 from flow_trl.rollout import euler_step
 from tests import pipelines
@@ -145,8 +146,7 @@ def assert_same(conditioning, other, **tolerance):
 
 
 def tensors(recorded):
-    found = []
-    each(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, recorded)
+    found = [value for value in tree_leaves(recorded) if isinstance(value, torch.Tensor)]
     assert found
     return found
 
@@ -420,6 +420,20 @@ def test_a_subclass_of_a_pipeline_works():
     policy = make("sd3")
     mine = PipelinePolicy(MyPipeline(**policy.pipe.components), **policy.call_kwargs)
     assert np.array_equal(sample(mine), sample(policy))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_a_class_that_takes_one_prompt_at_a_time(error, caplog):
+    class OneByOne(pipelines.StableDiffusion3Pipeline):
+        def encode_prompt(self, prompt, *args, **kwargs):
+            if len(prompt) > 1:
+                raise error("two")
+            return super().encode_prompt(prompt, *args, **kwargs)
+
+    policy = make("sd3")
+    one_by_one = PipelinePolicy(OneByOne(**policy.pipe.components), **policy.call_kwargs)
+    np.testing.assert_allclose(sample(one_by_one), sample(policy), rtol=0, atol=1e-4)
+    assert "OneByOne cannot make a batch of different prompts" in caplog.text
 
 
 @pytest.mark.parametrize(

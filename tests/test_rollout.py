@@ -39,6 +39,12 @@ def transition(velocity, sample, step, schedule, *, sde_type="sde", **kwargs):
     )  # fmt: skip
 
 
+@pytest.fixture
+def sample(policy, conditioning):
+    """Rollouts of `INDEX`, stochastic where there are `steps`."""
+    return partial(rollout, policy, conditioning, INDEX, transition=transition)
+
+
 def stochastic_step(x, v, s, s_next, s_1, z, sde_type):
     """The specification's formulas, in Python floats: the next sample and its log-probability."""
     a, dt = NOISE_LEVEL[sde_type], s_next - s
@@ -97,11 +103,8 @@ def one_after_another(policy, prompt, generator, num_steps, steps, sde_type, str
         ("cps", range(1, 4), 3),
     ],
 )
-def test_equals_completions_run_one_after_another(policy, conditioning, sde_type, steps, stride, batch_size):
-    trajectory = rollout(
-        policy,
-        conditioning,
-        INDEX,
+def test_equals_completions_run_one_after_another(policy, sample, sde_type, steps, stride, batch_size):
+    trajectory = sample(
         generators(),
         num_inference_steps=5,
         transition=partial(transition, sde_type=sde_type),
@@ -135,20 +138,16 @@ def test_equals_completions_run_one_after_another(policy, conditioning, sde_type
         (False, 1, 10, 10, None, 3),
     ],
 )
-def test_cost(policy, conditioning, completions, stride, evaluations, calls, batch_size, largest):
+def test_cost(policy, sample, completions, stride, evaluations, calls, batch_size, largest):
     """Counted where it arises: rows that go through the denoiser."""
     rows = []
     hook = policy.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     counted = policy.evaluations
-    rollout(
-        policy,
-        conditioning,
-        INDEX,
+    sample(
         generators(),
         num_inference_steps=10,
-        transition=transition,
         steps=range(9),
         completions=completions,
         completion_stride=stride,
@@ -160,22 +159,17 @@ def test_cost(policy, conditioning, completions, stride, evaluations, calls, bat
     assert (len(rows), max(rows)) == (calls, largest)
 
 
-def test_first_completion_is_the_ode_image_from_the_same_noise(policy, conditioning):
-    sampled = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=4, transition=transition, steps=range(3),
-        completions=True,
-    )  # fmt: skip
-    ode = rollout(policy, conditioning, INDEX, generators(), num_inference_steps=4)
+def test_first_completion_is_the_ode_image_from_the_same_noise(sample):
+    sampled = sample(generators(), num_inference_steps=4, steps=range(3), completions=True)
+    ode = sample(generators(), num_inference_steps=4)
     torch.testing.assert_close(sampled.finals[0], ode.finals[0], rtol=1e-5, atol=1e-5)
-    without = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=4, transition=transition, steps=range(3)
-    )
+    without = sample(generators(), num_inference_steps=4, steps=range(3))
     torch.testing.assert_close(without.finals, sampled.finals[-1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(without.latents, sampled.latents, rtol=1e-5, atol=1e-5)
 
 
-def test_ode_equals_the_pipeline(policy, conditioning):
-    trajectory = rollout(policy, conditioning, INDEX, generators(), num_inference_steps=4)
+def test_ode_equals_the_pipeline(policy, conditioning, sample):
+    trajectory = sample(generators(), num_inference_steps=4)
     assert trajectory.latents.shape[1:] == trajectory.log_probs.shape[1:] == (0,)
     images = policy.decode(trajectory.finals[0], conditioning[INDEX], output_type="np")
     expected = policy.pipe(
@@ -195,12 +189,9 @@ def test_a_sample_does_not_depend_on_the_others(policy, conditioning):
     assert (together.finals[:, 0] - together.finals[:, 1]).abs().max() > 0.1  # the same prompt, other noise
 
 
-def test_callback_and_no_gradients(policy, conditioning):
+def test_callback_and_no_gradients(sample):
     seen = []
-    trajectory = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=3, transition=transition, steps=range(2),
-        callback=seen.append,
-    )  # fmt: skip
+    trajectory = sample(generators(), num_inference_steps=3, steps=range(2), callback=seen.append)
     assert seen == [0, 1, 2]
     assert not any(tensor.requires_grad for tensor in trajectory[:3])
     assert all(tensor.dtype == torch.float32 for tensor in trajectory[:3])
@@ -211,7 +202,7 @@ def test_callback_and_no_gradients(policy, conditioning):
 
 @pytest.mark.parametrize("batch_size", [None, 2, 1])
 @pytest.mark.parametrize("first_step", [0, 1, 3])
-def test_going_on_is_the_tail_of_a_rollout(policy, conditioning, first_step, batch_size):
+def test_going_on_is_the_tail_of_a_rollout(policy, sample, first_step, batch_size):
     before = []  # latents before each step, part by part
 
     def watched(output, sample, step, next_step, schedule):
@@ -219,15 +210,13 @@ def test_going_on_is_the_tail_of_a_rollout(policy, conditioning, first_step, bat
             before.append(sample.clone())
         return euler_step(output, sample, step, next_step, schedule)
 
-    full = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=4, ode_step=watched, batch_size=batch_size
-    )
+    full = sample(generators(), num_inference_steps=4, ode_step=watched, batch_size=batch_size)
     assert len(before) == {None: 1, 2: 2, 1: 3}[batch_size]
     latents, seen = torch.cat(before), []
     copy, evaluations = latents.clone(), policy.evaluations
-    tail = rollout(
-        policy, conditioning, INDEX, [torch.Generator().manual_seed(99) for _ in INDEX], num_inference_steps=4,
-        batch_size=batch_size, latents=latents, first_step=first_step, callback=seen.append,
+    tail = sample(
+        [torch.Generator().manual_seed(99) for _ in INDEX], num_inference_steps=4, batch_size=batch_size,
+        latents=latents, first_step=first_step, callback=seen.append,
     )  # fmt: skip
     assert torch.equal(tail.finals, full.finals)
     assert torch.equal(latents, copy)
@@ -237,14 +226,12 @@ def test_going_on_is_the_tail_of_a_rollout(policy, conditioning, first_step, bat
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_stochastic_steps_and_completions_from_given_latents(policy, conditioning, batch_size):
-    start = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4)
-    )
+def test_stochastic_steps_and_completions_from_given_latents(policy, sample, batch_size):
+    start = sample(generators(), num_inference_steps=5, steps=range(4))
     latents = start.latents[:, 2]
-    went_on = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(2, 4),
-        completions=True, latents=latents, first_step=2, batch_size=batch_size,
+    went_on = sample(
+        generators(), num_inference_steps=5, steps=range(2, 4), completions=True, latents=latents, first_step=2,
+        batch_size=batch_size,
     )  # fmt: skip
     assert went_on.latents.shape[1] == 3 and went_on.finals.shape[:2] == (3, len(INDEX))
     assert torch.equal(went_on.latents[:, 0], latents)
@@ -264,21 +251,16 @@ def test_stochastic_steps_and_completions_from_given_latents(policy, conditionin
     assert (went_on.finals[-1] - start.finals[-1]).abs().amax(dim=(1, 2, 3)).min() > 0.1  # other noise, other images
 
 
-def test_straight_to_0_is_one_euler_step_from_each_state(policy, conditioning):
+def test_straight_to_0_is_one_euler_step_from_each_state(policy, conditioning, sample):
     """Its velocity is the trajectory's own, so the completions cost nothing."""
     evaluations = policy.evaluations
-    sampled = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4),
-        completions=True, completion_stride=5,
-    )  # fmt: skip
+    sampled = sample(generators(), num_inference_steps=5, steps=range(4), completions=True, completion_stride=5)
     assert policy.evaluations - evaluations == 5 * len(INDEX)
     embedded = conditioning[INDEX]
     for k in range(4):
         x, s = sampled.latents[:, k], sampled.schedule.sigmas[k].item()
         velocity = policy.predict(x, k, embedded, sampled.schedule)
         torch.testing.assert_close(sampled.finals[k], x - s * velocity, rtol=1e-5, atol=1e-5)
-    without = rollout(
-        policy, conditioning, INDEX, generators(), num_inference_steps=5, transition=transition, steps=range(4)
-    )
+    without = sample(generators(), num_inference_steps=5, steps=range(4))
     assert torch.equal(without.latents, sampled.latents) and torch.equal(without.log_probs, sampled.log_probs)
     assert torch.equal(without.finals[0], sampled.finals[-1])
