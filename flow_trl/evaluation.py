@@ -9,7 +9,7 @@ come from elsewhere. [`reliability_diagram`] draws what was found.
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from trl.data_utils import is_conversational, maybe_apply_chat_template
 
 from . import metrics
 from .rewards.text import (
+    Correct,
     completion_text,
     confidence_format_reward,
     correctness_reward,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
-Correct = Callable[[str | None, str], bool]
 
 
 # Sampling
@@ -195,19 +195,11 @@ def evaluate_confidence(
     The defaults are the setting of [Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231): 16
     completions per prompt at temperature 1, and 1000 bootstrap resamples of the samples.
 
+    The arguments that are not listed are those of these two functions.
+
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A causal language model.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
         dataset ([`~datasets.Dataset`]):
             Has the columns `prompt`, which asks for the layout of a completion, and `answer`, the right answer.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        num_samples (`int`, *optional*, defaults to `16`):
-            Number of completions per prompt.
-        k, resample_prompts, num_resamples:
-            As for [`score_confidence`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
         sampling_kwargs:
@@ -317,14 +309,13 @@ def score_confidence(
     confidences = [[parse_confidence(text, strict) for text in row] for row in texts]
     flat = [confidence for row in confidences for confidence in row]
     stated = np.array([confidence is not None for confidence in flat])
-    ends = np.cumsum([len(row) for row in texts])
-    prompt = np.repeat(np.arange(len(texts)), [len(row) for row in texts])
+    lengths = [len(row) for row in texts]
+    prompt = np.repeat(np.arange(len(texts)), lengths)
     results = {"accuracy": right.mean().item(), "accuracy_se": _standard_error(right)}
 
     names = [f"{name}{suffix}" for name in ("auroc", "brier", "ece") for suffix in ("", "_se")]
-    calibration = dict.fromkeys(names, math.nan) | {
-        "bins": {"lower": [], "count": [], "confidence": [], "accuracy": []}
-    }
+    calibration: dict[str, Any] = dict.fromkeys(names, math.nan)
+    calibration["bins"] = {"lower": [], "count": [], "confidence": [], "accuracy": []}
     if stated.any():
         calibration = _metric(
             "calibration",
@@ -338,14 +329,13 @@ def score_confidence(
     losses = [1.0 if q is None else (q - c) ** 2 for q, c in zip(flat, right, strict=True)]
     results["brier_strict"] = float(np.mean(losses))
 
-    smallest = min(len(row) for row in texts)
     results |= _metric(
         "confidence_voting",
         predictions=[_merge([read_answer(text, strict) for text in row], correct) for row in texts],
         references=[str(answer) for answer in answers],
         confidences=confidences,
-        correct=np.split(right, ends[:-1]),
-        k=[2**power for power in range(smallest.bit_length())] if k is None else k,
+        correct=np.split(right, np.cumsum(lengths)[:-1]),
+        k=[2**power for power in range(min(lengths).bit_length())] if k is None else k,
     )
     results["unparsable"] = 1 - stated.mean().item()
     results |= {"num_completions": len(stated), "num_confidences": int(stated.sum())}
@@ -388,19 +378,7 @@ def evaluate_two_attempts(
     """
     Samples completions with two attempts ([`sample_completions`]) and scores them ([`score_two_attempts`]).
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A causal language model.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        dataset ([`~datasets.Dataset`]):
-            Has the columns `prompt`, which asks for the layout of a completion, and `answer`, the right answer.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        num_samples (`int`, *optional*, defaults to `16`):
-            Number of completions per prompt.
-        sampling_kwargs:
-            Passed to [`sample_completions`]: `max_new_tokens`, `temperature`, `batch_size`, `seed`, ...
+    The arguments are those of [`evaluate_confidence`]; `seed` is that of the sampling, passed on like the others.
 
     Returns:
         `dict[str, float]`: as of [`score_two_attempts`].
@@ -428,10 +406,8 @@ def score_two_attempts(
     `<second_attempt>` likewise.
 
     Args:
-        completions (`list[list[str]]`):
-            Completions of each prompt, one or more.
-        answers (`list[str]`):
-            The right answer to each prompt.
+        completions, answers:
+            As for [`score_confidence`].
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`. It also says whether both attempts have the same answer.
 
@@ -536,11 +512,13 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
 
 def save_results(results: Mapping[str, Mapping[str, Any]], folder: str | Path) -> None:
     """
-    Leaves evaluations where a trainer's card finds them: `results.json` (NaN as null) and, of confidences, `reliability_diagram.png`.
+    Leaves evaluations where a trainer's card finds them: `results.json` (NaN as null) and, of confidences,
+    `reliability_diagram.png`.
 
     Args:
         results (`dict[str, dict]`):
-            What [`score_confidence`] or [`score_two_attempts`] returned, by name: `"before"`, on the same problems, and `"after"`.
+            What [`score_confidence`] or [`score_two_attempts`] returned, by name: `"before"`, on the same problems,
+            and `"after"`.
         folder (`str` or `Path`):
             `output_dir` of the run.
 
