@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -117,42 +118,10 @@ class Block:
             )
         if (self.tags is None) == (self.pattern is None):
             raise ValueError(f"{where}pass either `tags` or `pattern`; got {self.tags!r} and {self.pattern!r}.")
-        if self.tags is None:
-            try:
-                if not isinstance(self.pattern, str):
-                    raise TypeError("it must be a string")
-                empty = re._parser.parse(self.pattern, re.DOTALL).getwidth()[0] == 0
-                compiled = regex.compile(self.pattern, regex.DOTALL)
-            except (re.error, regex.error, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{where}`pattern={self.pattern!r}` is not a regular expression ({error}). "
-                    "Escape literal text with `re.escape`."
-                ) from error
-            if empty:
-                raise ValueError(
-                    f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do, and no token "
-                    "would be in the block. Let it match at least one character."
-                )
-            tags = None
-        else:
-            tags = tuple(self.tags) if isinstance(self.tags, list | tuple) else (self.tags,)
-            if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
-                raise ValueError(
-                    f"{where}`tags={self.tags!r}`: pass the names of tags without brackets, such as "
-                    '("reasoning", "answer").'
-                )
-            if len(set(tags)) < len(tags):
-                raise ValueError(f"{where}`tags={self.tags!r}`: name each tag once.")
-            opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
-            closing = re.escape(f"</{tags[-1]}>")
-            # The whole block if it is closed, else its opening tag.
-            compiled = re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
-        for attribute, value in (
-            ("reward_funcs", list(funcs)),
-            ("reward_weights", weights),
-            ("tags", tags),
-            ("_regex", compiled),
-        ):
+        tags = None if self.tags is None else _checked_tags(self.tags, where)
+        compiled = _compile_tags(tags) if tags else _compile_pattern(self.pattern, where)
+        values = {"reward_funcs": list(funcs), "reward_weights": weights, "tags": tags, "_regex": compiled}
+        for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
 
     def _search(self, text: str, position: int, later: Sequence["Block"]) -> tuple[int, int, bool] | None:
@@ -179,14 +148,8 @@ class Block:
 
     def is_complete(self, text: str | None) -> bool:
         """
-        Says whether the text of a block, as it was found, has the block's end: its last closing tag.
-
-        Args:
-            text (`str` or `None`):
-                Text of the block; `None` if it is missing.
-
-        Returns:
-            `bool`: whether it is there and complete. What a pattern found always is.
+        Says whether the text of a block, as it was found (`None` if it was not), has the block's end: its last closing
+        tag. What a pattern found always has.
 
         Example:
 
@@ -196,6 +159,43 @@ class Block:
         ```
         """
         return text is not None and (self.tags is None or text.endswith(f"</{self.tags[-1]}>"))
+
+
+def _checked_tags(given: Any, where: str) -> tuple[str, ...]:
+    tags = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
+        raise ValueError(
+            f'{where}`tags={given!r}`: pass the names of tags without brackets, such as ("reasoning", "answer").'
+        )
+    if len(set(tags)) < len(tags):
+        raise ValueError(f"{where}`tags={given!r}`: name each tag once.")
+    return tags
+
+
+def _compile_tags(tags: tuple[str, ...]) -> re.Pattern:
+    """Finds the whole block if it is closed, else its opening tag."""
+    opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
+    closing = re.escape(f"</{tags[-1]}>")
+    return re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
+
+
+def _compile_pattern(pattern: Any, where: str) -> regex.Pattern:
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError("it must be a string")
+        empty = re._parser.parse(pattern, re.DOTALL).getwidth()[0] == 0
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except (re.error, regex.error, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}`pattern={pattern!r}` is not a regular expression ({error}). "
+            "Escape literal text with `re.escape`."
+        ) from error
+    if empty:
+        raise ValueError(
+            f"{where}`pattern={pattern!r}` matches the empty text: every place would do, and no token would be in the "
+            "block. Let it match at least one character."
+        )
+    return compiled
 
 
 @cache  # once
@@ -224,14 +224,7 @@ class ParsedCompletion(NamedTuple):
 
 def check_blocks(blocks: Sequence[Block]) -> list[Block]:
     """
-    Checks that blocks go together: at least one, names and tags that occur once.
-
-    Args:
-        blocks (`Sequence[Block]`):
-            The blocks in their order.
-
-    Returns:
-        `list[Block]`: the blocks.
+    Checks that blocks go together, and returns them as a list: at least one, names and tags that occur once.
 
     Raises:
         TypeError: if `blocks` is not a sequence of [`Block`].
@@ -372,13 +365,8 @@ def parse_completion(
     for number, span in enumerate(spans[1:], 1):
         if span is None:
             continue
-        low, high = 0, len(token_ids)
-        while low < high:  # the first token that begins at or after the block's first character
-            middle = (low + high) // 2
-            if first_character(middle) < span[0]:
-                low = middle + 1
-            else:
-                high = middle
+        # The first token that begins at or after the block's first character.
+        low = bisect_left(range(len(token_ids)), span[0], key=first_character)
         if low and first_character(low) > span[0] and text[first_character(low - 1) : span[0]].isspace():
             low -= 1
         if text[: span[0]].endswith("\ufffd"):  # the first byte of a broken character decodes like all of them
