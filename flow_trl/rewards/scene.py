@@ -423,24 +423,19 @@ class _Found(Detection):
 
 def _load_mask2former(model: str | Path, shortest_edge: int, device: str | torch.device | None) -> tuple[Any, Any]:
     from accelerate import PartialState
-    from transformers import AutoConfig, AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     from ..utils import import_extra
+    from .pretrained import load_config, loading
 
     import_extra("scipy", extra="geneval", purpose="Mask2Former")
     size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 1333 // 800}
-    try:
-        config = AutoConfig.from_pretrained(model)
-        error = f"it is of the type {config.model_type!r}"
-        if isinstance(config, Mask2FormerConfig):
-            processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
-            return loaded.to(PartialState().device if device is None else device).eval(), processor
-    except (OSError, ValueError) as failure:
-        error = failure
-    raise ValueError(
-        f'`model` is "{model}", from which no Mask2Former can be loaded ({error}). Pass the Hub id of one, such as '
-        f'"{MASK2FORMER}" (downloaded the first time, for which the network is needed), or a folder that '
-        "`save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
-        "`flow_trl.tiny.scene_reward()` as the reward function."
-    ) from (error if isinstance(error, Exception) else None)
+    others = (
+        "or a folder that `save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
+        "`flow_trl.tiny.scene_reward()` as the reward function"
+    )
+    with loading(model, "Mask2Former", MASK2FORMER, others):
+        config = load_config(model, Mask2FormerConfig)
+        processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
+        loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
+        return loaded.to(PartialState().device if device is None else device).eval(), processor
