@@ -58,7 +58,6 @@ GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", 
 COLOR_PHRASES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 BACKGROUND = "#999"
 # Pairs of query and class that are looked at, and objects that are kept of a class, as in GenEval.
-COUNTING_THRESHOLD = 0.9
 MAX_CANDIDATES, MAX_PER_CLASS = 100, 16
 STRIDE = 32  # of the model, to a multiple of which images are padded
 # GenEval's names of COCO classes that detectors name otherwise.
@@ -328,7 +327,7 @@ class TransformersDetector:
         clip: str | Path | ClipEncoder | None = None,
         *,
         threshold: float = 0.3,
-        counting_threshold: float = COUNTING_THRESHOLD,
+        counting_threshold: float = 0.9,
         shortest_edge: int = 800,
         device: str | torch.device | None = None,
         batch_size: int = 8,
