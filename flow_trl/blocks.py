@@ -124,15 +124,15 @@ class Block:
         for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
 
-    def _search(self, text: str, position: int, later: Sequence["Block"]) -> tuple[int, int, bool] | None:
-        """The first occurrence from a position on: its start, its end and whether it is closed."""
+    def _search(self, text: str, position: int, later: Sequence["Block"]) -> "_Occurrence | None":
+        """The first occurrence from a position on."""
         if self.tags is None:
             try:
                 match = self._regex.search(text, position, timeout=PATTERN_SECONDS)
             except TimeoutError:
                 _warn_of_slow_pattern(self.name, self.pattern)
                 match = None
-            return match and (*match.span(), True)
+            return match and _Occurrence(*match.span(), is_closed=True)
         match = self._regex.search(text, position)
         if match is None:
             return None
@@ -143,8 +143,8 @@ class Block:
             again = text.rfind(opening, start + 1, end)
             others = [text.find(f"<{tag}>", start, again) for block in later for tag in block.tags or ()]
             if again < 0 or max(others, default=-1) < 0:
-                return start, end, True
-        return start, start + len(opening), False
+                return _Occurrence(start, end, is_closed=True)
+        return _Occurrence(start, start + len(opening), is_closed=False)
 
     def is_complete(self, text: str | None) -> bool:
         """
@@ -159,6 +159,12 @@ class Block:
         ```
         """
         return text is not None and (self.tags is None or text.endswith(f"</{self.tags[-1]}>"))
+
+
+class _Occurrence(NamedTuple):
+    start: int
+    end: int
+    is_closed: bool
 
 
 def _checked_tags(given: Any, where: str) -> tuple[str, ...]:
@@ -237,7 +243,7 @@ def check_blocks(blocks: Sequence[Block]) -> list[Block]:
     owner: dict[tuple[str, str], str] = {}
     for block in blocks:
         keys = [("pattern", block.pattern)] if block.tags is None else [("tag", tag) for tag in block.tags]
-        for kind, value in [("name", block.name), *dict.fromkeys(keys)]:
+        for kind, value in [("name", block.name), *keys]:
             if (kind, value) in owner:
                 raise ValueError(
                     f"`blocks` overlap: {owner[kind, value]!r} and {block.name!r} have the same {kind} {value!r}. "
@@ -270,34 +276,37 @@ def find_blocks(text: str, blocks: Sequence[Block]) -> list[tuple[int, int] | No
     ```
     """
     found = _search_all(text, blocks, 0)
-    starts = [match[0] if match else None for match in found]
+    starts = [one and one.start for one in found]  # also of what was taken back
     for k, block in enumerate(blocks):
         if found[k] is None or block.occurrence == "first":
             continue
         while True:
-            later = _search_all(text, blocks[k:], found[k][1])
-            if any(old and (new is None or old[2] > new[2]) for old, new in zip(found[k:], later, strict=True)):
+            later = _search_all(text, blocks[k:], found[k].end)
+            if any(
+                old and (new is None or old.is_closed > new.is_closed)
+                for old, new in zip(found[k:], later, strict=True)
+            ):
                 break
             found[k:] = later
-            starts[k + 1 :] = [match[0] if match else None for match in later[1:]]
+            starts[k + 1 :] = [one and one.start for one in later[1:]]
     spans: list[tuple[int, int] | None] = []
     following = len(text)
-    for start, match in zip(reversed(starts), reversed(found), strict=True):
-        if match is None:
+    for start, one in zip(reversed(starts), reversed(found), strict=True):
+        if one is None:
             spans.append(None)
             continue
-        spans.append((start, match[1] if match[2] else following))
+        spans.append((start, one.end if one.is_closed else following))
         following = start
     return spans[::-1]
 
 
-def _search_all(text: str, blocks: Sequence[Block], position: int) -> list[tuple[int, int, bool] | None]:
+def _search_all(text: str, blocks: Sequence[Block], position: int) -> list[_Occurrence | None]:
     """The first occurrence of each block after that of the one before."""
     found = []
     for k, block in enumerate(blocks):
-        match = block._search(text, position, blocks[k + 1 :])
-        found.append(match)
-        position = match[1] if match else position
+        one = block._search(text, position, blocks[k + 1 :])
+        found.append(one)
+        position = one.end if one else position
     return found
 
 
@@ -366,13 +375,13 @@ def parse_completion(
         if span is None:
             continue
         # The first token that begins at or after the block's first character.
-        low = bisect_left(range(len(token_ids)), span[0], key=first_character)
-        if low and first_character(low) > span[0] and text[first_character(low - 1) : span[0]].isspace():
-            low -= 1
+        first = bisect_left(range(len(token_ids)), span[0], key=first_character)
+        if first and first_character(first) > span[0] and text[first_character(first - 1) : span[0]].isspace():
+            first -= 1
         if text[: span[0]].endswith("\ufffd"):  # the first byte of a broken character decodes like all of them
-            ends = range(low, min(low + 2, len(token_ids)) + 1)
-            low = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=low)
-        block_index[low:] = [number] * (len(token_ids) - low)
+            ends = range(first, min(first + 2, len(token_ids)) + 1)
+            first = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=first)
+        block_index[first:] = [number] * (len(token_ids) - first)
     texts = [None if span is None else own[slice(*span)] for span in spans]
     if own is not text:
         texts = [text and text.replace(_OUTSIDE, "") for text in texts]

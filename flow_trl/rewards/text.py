@@ -84,17 +84,8 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 
 def extract_tag(text: str, tag: str) -> str | None:
     """
-    Returns what stands between a pair of tags.
-
-    Args:
-        text (`str`):
-            Text to look in.
-        tag (`str`):
-            Name of the tag, without brackets. Upper and lower case differ.
-
-    Returns:
-        `str` or `None`: from the first opening tag to the next closing tag, without white space at its ends; `None` if
-        there is no such pair.
+    Returns what stands from the first opening tag of a name (without brackets, as it is written) to the next closing tag,
+    without white space at its ends; `None` if there is no such pair.
 
     Example:
 
@@ -138,16 +129,8 @@ def _read_pair(text: str, first: str, second: str, strict: bool) -> tuple[str | 
 
 def read_answer(text: str, strict: bool = False) -> str | None:
     """
-    Reads the answer that a completion gives.
-
-    Args:
-        text (`str`):
-            A completion.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first `<answer>` counts, and not the last before the confidence.
-
-    Returns:
-        `str` or `None`: what stands in it; `None` if there is none.
+    Reads the answer that a completion gives: what stands in the last `<answer>` before the confidence, or if `strict` in
+    the first; `None` if there is none.
 
     Example:
 
@@ -789,16 +772,8 @@ def _correctness_and_confidence(
 
 def read_attempts(text: str, strict: bool = False) -> tuple[str | None, str | None]:
     """
-    Reads the answers of both attempts in a completion.
-
-    Args:
-        text (`str`):
-            A completion.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first attempts and answers count, and not the last.
-
-    Returns:
-        `tuple[str | None, str | None]`: what stands in the `<answer>` of each; `None` if there is none.
+    Reads the answers of both attempts in a completion: what stands in the `<answer>` of each, of several in the last or if
+    `strict` in the first; `None` if there is none.
 
     Example:
 
