@@ -124,14 +124,7 @@ def sample_completions(
             raise ValueError(f"`prompts[{index}]` is {prompt!r}, which has no tokens: there is nothing to continue.")
         prompt_ids.append(torch.tensor(ids))
 
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
-    ends = sorted({*ends, processing_class.eos_token_id} - {None})
-    pad = processing_class.pad_token_id
-    if pad is None:
-        pad = ends[0] if ends else 0
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
+    config = _generation_config(model, processing_class, max_new_tokens, temperature)
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
     rows = [index for index in order for _ in range(num_samples)]
     completions = [[] for _ in prompt_ids]
@@ -143,7 +136,7 @@ def sample_completions(
             batch = rows[start : start + batch_size]
             ids = [prompt_ids[index] for index in batch]
             left = {"batch_first": True, "padding_side": "left"}
-            input_ids = pad_sequence(ids, padding_value=pad, **left).to(model.device)
+            input_ids = pad_sequence(ids, padding_value=config.pad_token_id, **left).to(model.device)
             attention_mask = pad_sequence([torch.ones_like(row) for row in ids], **left).to(model.device)
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
             texts = processing_class.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -151,6 +144,20 @@ def sample_completions(
                 completions[index].append(text)
             progress.update(len(batch))
     return completions
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """The model's own distribution at this temperature, and the tokens that end a completion."""
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0] if ends else 0
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
 
 
 @contextmanager

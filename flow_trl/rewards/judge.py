@@ -30,8 +30,8 @@ class VLMJudge(FrameReward):
 
     Args:
         model (`str` or `Path`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
-            Hub id or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, with a processor that has a
-            chat template. It is loaded in the type of its weights.
+            Hub id or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, in the type of its weights,
+            with a processor that has a chat template.
         question (`str`, *optional*):
             What is asked; `{prompt}` in it stands for the image's prompt.
         answers (`str` or `dict[str, float]`, *optional*, defaults to `"Yes"`):

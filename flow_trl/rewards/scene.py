@@ -341,16 +341,7 @@ class TransformersDetector:
         self._phrases: dict[str, torch.Tensor] = {}
 
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """
-        Finds the objects in images.
-
-        Args:
-            images (`list[PIL.Image.Image]`):
-                Images of any size.
-
-        Returns:
-            `list[list[Detection]]`: the objects of each image, the most confident first, boxes in its pixels.
-        """
+        """Finds the objects in each of some images, of any size: the most confident first, boxes in the image's pixels."""
         import torch
 
         found: list[list[Detection]] = []

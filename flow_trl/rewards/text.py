@@ -540,7 +540,9 @@ def dcpo_reward(
 
     Args:
         prompts (`list`):
-            The prompt of each completion; those that are equal are a group.
+            The prompt of each completion; those that are equal are a group. Of several processes each sees its own
+            completions alone: let `per_device_train_batch_size * steps_per_generation` be a multiple of `num_generations`,
+            or a group that two share has two means.
         group_weight (`float`, *optional*, defaults to `0.5`):
             The weight \\( \lambda \\) of the group, in [0, 1].
 
