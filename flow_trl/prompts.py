@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
 
+from .rewards.scene import GENEVAL_COLORS, RELATIONS
+
 
 # The 80 classes of COCO, as GenEval calls them.
 CLASSES = """\
@@ -18,8 +20,6 @@ banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couc
 laptop computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
 scissors teddy_bear hair_drier toothbrush""".split()
 CLASSES = [name.replace("_", " ") for name in CLASSES]
-COLORS = "red orange yellow green blue purple pink brown black white".split()
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # How often Flow-GRPO trains each kind (https://huggingface.co/papers/2505.05470); all are evaluated alike.
 KINDS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
@@ -87,7 +87,7 @@ def _scene(tag: str, rng: random.Random) -> tuple[Any, dict[str, Any]]:
     names = rng.sample(
         CLASSES[1:] if colored else CLASSES, 2 if tag in ("two_object", "position", "color_attr") else 1
     )
-    colors = rng.sample(COLORS, len(names)) if colored else [None] * len(names)
+    colors = rng.sample(GENEVAL_COLORS, len(names)) if colored else [None] * len(names)
     include = [_entry(name, color=color) for name, color in zip(names, colors, strict=True)]
     exclude = None
     if tag == "counting":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flow_trl.prompts import COLORS, KINDS, load_prompts
+from flow_trl.prompts import KINDS, load_prompts
 from flow_trl.prompts import describe as describe_scene
 from flow_trl.rewards.scene import GENEVAL_COLORS
 
@@ -23,7 +23,8 @@ def test_scenes():
     shares = Counter(train["tag"])
     assert all(abs(shares[kind] / 5000 - weight / 17) < 0.03 for kind, weight in KINDS.items())
     assert Counter(test["tag"]).keys() == KINDS.keys()
-    assert set(COLORS) == set(GENEVAL_COLORS)  # what the detector can tell
+    colors = {entry["color"] for row in train for entry in row["include"]} - {None}
+    assert colors == set(GENEVAL_COLORS)  # what the detector can tell
     row = next(row for row in train if row["tag"] == "counting")
     assert row["exclude"] == [{"class": row["include"][0]["class"], "count": row["include"][0]["count"] + 1}]
 

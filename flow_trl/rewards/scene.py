@@ -52,6 +52,7 @@ class Detection:
 
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
+RELATIONS = ("left of", "right of", "above", "below")
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 # GenEval's colours, the phrases by which CLIP tells them, and what an object's surroundings are painted over with.
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -88,7 +89,7 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
             The box it is compared with.
 
     Returns:
-        `set[str]`: a subset of `{"left of", "right of", "above", "below"}`.
+        `set[str]`: a subset of `RELATIONS`: `"left of"`, `"right of"`, `"above"`, `"below"`.
 
     Example:
 
@@ -104,7 +105,7 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     if (np.abs(offset) < 1e-3).all():
         return set()
     x, y = offset / length
-    return {name for name, amount in (("left of", -x), ("right of", x), ("above", -y), ("below", y)) if amount > 0.5}
+    return {name for name, amount in zip(RELATIONS, (-x, x, -y, y), strict=True) if amount > 0.5}
 
 
 def score_scene(
@@ -142,7 +143,7 @@ def score_scene(
         `float`: 0 or 1 if strict, else in [0, 1].
 
     Raises:
-        ValueError: if a position refers to an entry that does not come earlier.
+        ValueError: if a position is no such relation, or refers to an entry that does not come earlier.
 
     Example:
 
@@ -170,6 +171,11 @@ def score_scene(
             satisfied = satisfied and (share == 1 or not strict)
         if entry.get("position") is not None:
             relation, target = entry["position"]
+            if relation not in RELATIONS:
+                raise ValueError(
+                    f"`position` of entry {index} of `include` is {entry['position']!r}: its first item must be one of "
+                    f"{', '.join(map(repr, RELATIONS))}."
+                )
             if not 0 <= int(target) < index:
                 raise ValueError(
                     f"`position` of entry {index} of `include` is {entry['position']!r}: its second item must be the "

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..rewards.scene import relations
+from ..rewards.scene import RELATIONS, relations
 
 
 SIZE = 32
@@ -20,7 +20,6 @@ COLORS = {
     "purple": (150, 50, 190),
     "black": (30, 30, 30),
 }
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _SCALE = 4  # shapes are drawn this much larger and averaged down, for smooth edges
