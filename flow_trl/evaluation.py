@@ -318,7 +318,7 @@ def score_confidence(
     stated = np.array([confidence is not None for confidence in flat])
     lengths = [len(row) for row in texts]
     prompt = np.repeat(np.arange(len(texts)), lengths)
-    results = {"accuracy": right.mean().item(), "accuracy_se": _standard_error(right)}
+    results = _numbers(metrics.summarize("accuracy", right))
 
     names = [f"{name}{suffix}" for name in ("auroc", "brier", "ece") for suffix in ("", "_se")]
     calibration: dict[str, Any] = dict.fromkeys(names, math.nan)
@@ -365,8 +365,11 @@ def _merge(answers: list[str | None], correct: Correct) -> list[str | None]:
 
 
 def _metric(name: str, **inputs: Any) -> dict[str, Any]:
+    return _numbers(metrics.load(name, keep_in_memory=True).compute(**inputs))
+
+
+def _numbers(results: dict[str, Any]) -> dict[str, Any]:
     """Results of a metric, numbers throughout: NaN where it has none."""
-    results = metrics.load(name, keep_in_memory=True).compute(**inputs)
     return {name: math.nan if value is None else value for name, value in results.items()}
 
 
@@ -457,8 +460,7 @@ def score_two_attempts(
             shares.setdefault(name, []).append(np.mean(values))
     results = {}
     for name, values in shares.items():
-        results[name] = float(np.mean(values))
-        results[f"{name}_se"] = _standard_error(values)
+        results |= _numbers(metrics.summarize(name, values))
     return results
 
 
@@ -571,8 +573,3 @@ def _texts(completions: Sequence[Sequence[str]], answers: Sequence[str]) -> list
         if isinstance(row, str) or len(row) == 0:
             raise ValueError(f"`completions[{index}]` is {row!r}: it must be a list of one or more completions.")
     return [[completion_text(completion) for completion in row] for row in completions]
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """std / sqrt(n), NaN for one value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
