@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -117,53 +118,21 @@ class Block:
             )
         if (self.tags is None) == (self.pattern is None):
             raise ValueError(f"{where}pass either `tags` or `pattern`; got {self.tags!r} and {self.pattern!r}.")
-        if self.tags is None:
-            try:
-                if not isinstance(self.pattern, str):
-                    raise TypeError("it must be a string")
-                empty = re._parser.parse(self.pattern, re.DOTALL).getwidth()[0] == 0
-                compiled = regex.compile(self.pattern, regex.DOTALL)
-            except (re.error, regex.error, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{where}`pattern={self.pattern!r}` is not a regular expression ({error}). "
-                    "Escape literal text with `re.escape`."
-                ) from error
-            if empty:
-                raise ValueError(
-                    f"{where}`pattern={self.pattern!r}` matches the empty text: every place would do, and no token "
-                    "would be in the block. Let it match at least one character."
-                )
-            tags = None
-        else:
-            tags = tuple(self.tags) if isinstance(self.tags, list | tuple) else (self.tags,)
-            if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
-                raise ValueError(
-                    f"{where}`tags={self.tags!r}`: pass the names of tags without brackets, such as "
-                    '("reasoning", "answer").'
-                )
-            if len(set(tags)) < len(tags):
-                raise ValueError(f"{where}`tags={self.tags!r}`: name each tag once.")
-            opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
-            closing = re.escape(f"</{tags[-1]}>")
-            # The whole block if it is closed, else its opening tag.
-            compiled = re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
-        for attribute, value in (
-            ("reward_funcs", list(funcs)),
-            ("reward_weights", weights),
-            ("tags", tags),
-            ("_regex", compiled),
-        ):
+        tags = None if self.tags is None else _checked_tags(self.tags, where)
+        compiled = _compile_tags(tags) if tags else _compile_pattern(self.pattern, where)
+        values = {"reward_funcs": list(funcs), "reward_weights": weights, "tags": tags, "_regex": compiled}
+        for attribute, value in values.items():
             object.__setattr__(self, attribute, value)
 
-    def _search(self, text: str, position: int, later: Sequence["Block"]) -> tuple[int, int, bool] | None:
-        """The first occurrence from a position on: its start, its end and whether it is closed."""
+    def _search(self, text: str, position: int, later: Sequence["Block"]) -> "_Occurrence | None":
+        """The first occurrence from a position on."""
         if self.tags is None:
             try:
                 match = self._regex.search(text, position, timeout=PATTERN_SECONDS)
             except TimeoutError:
                 _warn_of_slow_pattern(self.name, self.pattern)
                 match = None
-            return match and (*match.span(), True)
+            return match and _Occurrence(*match.span(), is_closed=True)
         match = self._regex.search(text, position)
         if match is None:
             return None
@@ -174,19 +143,13 @@ class Block:
             again = text.rfind(opening, start + 1, end)
             others = [text.find(f"<{tag}>", start, again) for block in later for tag in block.tags or ()]
             if again < 0 or max(others, default=-1) < 0:
-                return start, end, True
-        return start, start + len(opening), False
+                return _Occurrence(start, end, is_closed=True)
+        return _Occurrence(start, start + len(opening), is_closed=False)
 
     def is_complete(self, text: str | None) -> bool:
         """
-        Says whether the text of a block, as it was found, has the block's end: its last closing tag.
-
-        Args:
-            text (`str` or `None`):
-                Text of the block; `None` if it is missing.
-
-        Returns:
-            `bool`: whether it is there and complete. What a pattern found always is.
+        Says whether the text of a block, as it was found (`None` if it was not), has the block's end: its last closing
+        tag. What a pattern found always has.
 
         Example:
 
@@ -196,6 +159,49 @@ class Block:
         ```
         """
         return text is not None and (self.tags is None or text.endswith(f"</{self.tags[-1]}>"))
+
+
+class _Occurrence(NamedTuple):
+    start: int
+    end: int
+    is_closed: bool
+
+
+def _checked_tags(given: Any, where: str) -> tuple[str, ...]:
+    tags = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not tags or not all(isinstance(tag, str) and re.fullmatch(r"[^<>/\s]+", tag) for tag in tags):
+        raise ValueError(
+            f'{where}`tags={given!r}`: pass the names of tags without brackets, such as ("reasoning", "answer").'
+        )
+    if len(set(tags)) < len(tags):
+        raise ValueError(f"{where}`tags={given!r}`: name each tag once.")
+    return tags
+
+
+def _compile_tags(tags: tuple[str, ...]) -> re.Pattern:
+    """Finds the whole block if it is closed, else its opening tag."""
+    opening = "|".join(re.escape(f"<{tag}>") for tag in tags)
+    closing = re.escape(f"</{tags[-1]}>")
+    return re.compile(f"(?:{opening})(?P<rest>.*?{closing})?", re.DOTALL)
+
+
+def _compile_pattern(pattern: Any, where: str) -> regex.Pattern:
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError("it must be a string")
+        empty = re._parser.parse(pattern, re.DOTALL).getwidth()[0] == 0
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except (re.error, regex.error, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}`pattern={pattern!r}` is not a regular expression ({error}). "
+            "Escape literal text with `re.escape`."
+        ) from error
+    if empty:
+        raise ValueError(
+            f"{where}`pattern={pattern!r}` matches the empty text: every place would do, and no token would be in the "
+            "block. Let it match at least one character."
+        )
+    return compiled
 
 
 @cache  # once
@@ -224,14 +230,7 @@ class ParsedCompletion(NamedTuple):
 
 def check_blocks(blocks: Sequence[Block]) -> list[Block]:
     """
-    Checks that blocks go together: at least one, names and tags that occur once.
-
-    Args:
-        blocks (`Sequence[Block]`):
-            The blocks in their order.
-
-    Returns:
-        `list[Block]`: the blocks.
+    Checks that blocks go together, and returns them as a list: at least one, names and tags that occur once.
 
     Raises:
         TypeError: if `blocks` is not a sequence of [`Block`].
@@ -244,7 +243,7 @@ def check_blocks(blocks: Sequence[Block]) -> list[Block]:
     owner: dict[tuple[str, str], str] = {}
     for block in blocks:
         keys = [("pattern", block.pattern)] if block.tags is None else [("tag", tag) for tag in block.tags]
-        for kind, value in [("name", block.name), *dict.fromkeys(keys)]:
+        for kind, value in [("name", block.name), *keys]:
             if (kind, value) in owner:
                 raise ValueError(
                     f"`blocks` overlap: {owner[kind, value]!r} and {block.name!r} have the same {kind} {value!r}. "
@@ -277,34 +276,37 @@ def find_blocks(text: str, blocks: Sequence[Block]) -> list[tuple[int, int] | No
     ```
     """
     found = _search_all(text, blocks, 0)
-    starts = [match[0] if match else None for match in found]
+    starts = [one and one.start for one in found]  # also of what was taken back
     for k, block in enumerate(blocks):
         if found[k] is None or block.occurrence == "first":
             continue
         while True:
-            later = _search_all(text, blocks[k:], found[k][1])
-            if any(old and (new is None or old[2] > new[2]) for old, new in zip(found[k:], later, strict=True)):
+            later = _search_all(text, blocks[k:], found[k].end)
+            if any(
+                old and (new is None or old.is_closed > new.is_closed)
+                for old, new in zip(found[k:], later, strict=True)
+            ):
                 break
             found[k:] = later
-            starts[k + 1 :] = [match[0] if match else None for match in later[1:]]
+            starts[k + 1 :] = [one and one.start for one in later[1:]]
     spans: list[tuple[int, int] | None] = []
     following = len(text)
-    for start, match in zip(reversed(starts), reversed(found), strict=True):
-        if match is None:
+    for start, one in zip(reversed(starts), reversed(found), strict=True):
+        if one is None:
             spans.append(None)
             continue
-        spans.append((start, match[1] if match[2] else following))
+        spans.append((start, one.end if one.is_closed else following))
         following = start
     return spans[::-1]
 
 
-def _search_all(text: str, blocks: Sequence[Block], position: int) -> list[tuple[int, int, bool] | None]:
+def _search_all(text: str, blocks: Sequence[Block], position: int) -> list[_Occurrence | None]:
     """The first occurrence of each block after that of the one before."""
     found = []
     for k, block in enumerate(blocks):
-        match = block._search(text, position, blocks[k + 1 :])
-        found.append(match)
-        position = match[1] if match else position
+        one = block._search(text, position, blocks[k + 1 :])
+        found.append(one)
+        position = one.end if one else position
     return found
 
 
@@ -372,19 +374,14 @@ def parse_completion(
     for number, span in enumerate(spans[1:], 1):
         if span is None:
             continue
-        low, high = 0, len(token_ids)
-        while low < high:  # the first token that begins at or after the block's first character
-            middle = (low + high) // 2
-            if first_character(middle) < span[0]:
-                low = middle + 1
-            else:
-                high = middle
-        if low and first_character(low) > span[0] and text[first_character(low - 1) : span[0]].isspace():
-            low -= 1
+        # The first token that begins at or after the block's first character.
+        first = bisect_left(range(len(token_ids)), span[0], key=first_character)
+        if first and first_character(first) > span[0] and text[first_character(first - 1) : span[0]].isspace():
+            first -= 1
         if text[: span[0]].endswith("\ufffd"):  # the first byte of a broken character decodes like all of them
-            ends = range(low, min(low + 2, len(token_ids)) + 1)
-            low = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=low)
-        block_index[low:] = [number] * (len(token_ids) - low)
+            ends = range(first, min(first + 2, len(token_ids)) + 1)
+            first = max((end for end in ends if decode(token_ids[:end]) == text[: span[0]]), default=first)
+        block_index[first:] = [number] * (len(token_ids) - first)
     texts = [None if span is None else own[slice(*span)] for span in spans]
     if own is not text:
         texts = [text and text.replace(_OUTSIDE, "") for text in texts]

@@ -9,7 +9,7 @@ come from elsewhere. [`reliability_diagram`] draws what was found.
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from trl.data_utils import is_conversational, maybe_apply_chat_template
 
 from . import metrics
 from .rewards.text import (
+    Correct,
     completion_text,
     confidence_format_reward,
     correctness_reward,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
-Correct = Callable[[str | None, str], bool]
 
 
 # Sampling
@@ -124,14 +124,7 @@ def sample_completions(
             raise ValueError(f"`prompts[{index}]` is {prompt!r}, which has no tokens: there is nothing to continue.")
         prompt_ids.append(torch.tensor(ids))
 
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
-    ends = sorted({*ends, processing_class.eos_token_id} - {None})
-    pad = processing_class.pad_token_id
-    if pad is None:
-        pad = ends[0] if ends else 0
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
+    config = _generation_config(model, processing_class, max_new_tokens, temperature)
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
     rows = [index for index in order for _ in range(num_samples)]
     completions = [[] for _ in prompt_ids]
@@ -143,7 +136,7 @@ def sample_completions(
             batch = rows[start : start + batch_size]
             ids = [prompt_ids[index] for index in batch]
             left = {"batch_first": True, "padding_side": "left"}
-            input_ids = pad_sequence(ids, padding_value=pad, **left).to(model.device)
+            input_ids = pad_sequence(ids, padding_value=config.pad_token_id, **left).to(model.device)
             attention_mask = pad_sequence([torch.ones_like(row) for row in ids], **left).to(model.device)
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
             texts = processing_class.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -151,6 +144,20 @@ def sample_completions(
                 completions[index].append(text)
             progress.update(len(batch))
     return completions
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """The model's own distribution at this temperature, and the tokens that end a completion."""
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0] if ends else 0
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
 
 
 @contextmanager
@@ -195,19 +202,11 @@ def evaluate_confidence(
     The defaults are the setting of [Blockwise Advantage Estimation](https://huggingface.co/papers/2602.10231): 16
     completions per prompt at temperature 1, and 1000 bootstrap resamples of the samples.
 
+    The arguments that are not listed are those of these two functions.
+
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A causal language model.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
         dataset ([`~datasets.Dataset`]):
             Has the columns `prompt`, which asks for the layout of a completion, and `answer`, the right answer.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        num_samples (`int`, *optional*, defaults to `16`):
-            Number of completions per prompt.
-        k, resample_prompts, num_resamples:
-            As for [`score_confidence`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
         sampling_kwargs:
@@ -317,14 +316,13 @@ def score_confidence(
     confidences = [[parse_confidence(text, strict) for text in row] for row in texts]
     flat = [confidence for row in confidences for confidence in row]
     stated = np.array([confidence is not None for confidence in flat])
-    ends = np.cumsum([len(row) for row in texts])
-    prompt = np.repeat(np.arange(len(texts)), [len(row) for row in texts])
-    results = {"accuracy": right.mean().item(), "accuracy_se": _standard_error(right)}
+    lengths = [len(row) for row in texts]
+    prompt = np.repeat(np.arange(len(texts)), lengths)
+    results = _numbers(metrics.summarize("accuracy", right))
 
     names = [f"{name}{suffix}" for name in ("auroc", "brier", "ece") for suffix in ("", "_se")]
-    calibration = dict.fromkeys(names, math.nan) | {
-        "bins": {"lower": [], "count": [], "confidence": [], "accuracy": []}
-    }
+    calibration: dict[str, Any] = dict.fromkeys(names, math.nan)
+    calibration["bins"] = {"lower": [], "count": [], "confidence": [], "accuracy": []}
     if stated.any():
         calibration = _metric(
             "calibration",
@@ -338,14 +336,13 @@ def score_confidence(
     losses = [1.0 if q is None else (q - c) ** 2 for q, c in zip(flat, right, strict=True)]
     results["brier_strict"] = float(np.mean(losses))
 
-    smallest = min(len(row) for row in texts)
     results |= _metric(
         "confidence_voting",
         predictions=[_merge([read_answer(text, strict) for text in row], correct) for row in texts],
         references=[str(answer) for answer in answers],
         confidences=confidences,
-        correct=np.split(right, ends[:-1]),
-        k=[2**power for power in range(smallest.bit_length())] if k is None else k,
+        correct=np.split(right, np.cumsum(lengths)[:-1]),
+        k=[2**power for power in range(min(lengths).bit_length())] if k is None else k,
     )
     results["unparsable"] = 1 - stated.mean().item()
     results |= {"num_completions": len(stated), "num_confidences": int(stated.sum())}
@@ -368,8 +365,11 @@ def _merge(answers: list[str | None], correct: Correct) -> list[str | None]:
 
 
 def _metric(name: str, **inputs: Any) -> dict[str, Any]:
+    return _numbers(metrics.load(name, keep_in_memory=True).compute(**inputs))
+
+
+def _numbers(results: dict[str, Any]) -> dict[str, Any]:
     """Results of a metric, numbers throughout: NaN where it has none."""
-    results = metrics.load(name, keep_in_memory=True).compute(**inputs)
     return {name: math.nan if value is None else value for name, value in results.items()}
 
 
@@ -388,19 +388,7 @@ def evaluate_two_attempts(
     """
     Samples completions with two attempts ([`sample_completions`]) and scores them ([`score_two_attempts`]).
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A causal language model.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        dataset ([`~datasets.Dataset`]):
-            Has the columns `prompt`, which asks for the layout of a completion, and `answer`, the right answer.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
-        num_samples (`int`, *optional*, defaults to `16`):
-            Number of completions per prompt.
-        sampling_kwargs:
-            Passed to [`sample_completions`]: `max_new_tokens`, `temperature`, `batch_size`, `seed`, ...
+    The arguments are those of [`evaluate_confidence`]; `seed` is that of the sampling, passed on like the others.
 
     Returns:
         `dict[str, float]`: as of [`score_two_attempts`].
@@ -428,10 +416,8 @@ def score_two_attempts(
     `<second_attempt>` likewise.
 
     Args:
-        completions (`list[list[str]]`):
-            Completions of each prompt, one or more.
-        answers (`list[str]`):
-            The right answer to each prompt.
+        completions, answers:
+            As for [`score_confidence`].
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`. It also says whether both attempts have the same answer.
 
@@ -474,8 +460,7 @@ def score_two_attempts(
             shares.setdefault(name, []).append(np.mean(values))
     results = {}
     for name, values in shares.items():
-        results[name] = float(np.mean(values))
-        results[f"{name}_se"] = _standard_error(values)
+        results |= _numbers(metrics.summarize(name, values))
     return results
 
 
@@ -536,11 +521,13 @@ def reliability_diagram(results: Mapping[str, Any], path: str | Path | None = No
 
 def save_results(results: Mapping[str, Mapping[str, Any]], folder: str | Path) -> None:
     """
-    Leaves evaluations where a trainer's card finds them: `results.json` (NaN as null) and, of confidences, `reliability_diagram.png`.
+    Leaves evaluations where a trainer's card finds them: `results.json` (NaN as null) and, of confidences,
+    `reliability_diagram.png`.
 
     Args:
         results (`dict[str, dict]`):
-            What [`score_confidence`] or [`score_two_attempts`] returned, by name: `"before"`, on the same problems, and `"after"`.
+            What [`score_confidence`] or [`score_two_attempts`] returned, by name: `"before"`, on the same problems,
+            and `"after"`.
         folder (`str` or `Path`):
             `output_dir` of the run.
 
@@ -586,8 +573,3 @@ def _texts(completions: Sequence[Sequence[str]], answers: Sequence[str]) -> list
         if isinstance(row, str) or len(row) == 0:
             raise ValueError(f"`completions[{index}]` is {row!r}: it must be a list of one or more completions.")
     return [[completion_text(completion) for completion in row] for row in completions]
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """std / sqrt(n), NaN for one value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
-from .rewards import BUILT_IN_REWARDS, get_reward_func, reward_name
+from .rewards import BUILT_IN_REWARDS, EXTRAS, get_reward_func, reward_name
 from .utils import to_pil
 
 
 logger = logging.getLogger(__name__)
 
 RewardFunc = str | Callable[..., list[float | None]]
-# What a trainer offers to reward functions that take it, as TRL's do.
-EXTRAS = ("trainer_state", "log_extra", "log_metric")
 FIRST_BACKOFF, LAST_BACKOFF = 1.0, 60.0  # seconds before the first and, at most, before a later retry
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .blocks import Block
 from .rewards.text import (
+    Correct,
     bce_reward,
     brier_reward,
     confidence_format_reward,
@@ -48,11 +49,7 @@ not, keep the result. Then give it: <answer>result</answer></second_attempt>
 
 Within <answer> write only the final result, without words or explanation."""
 
-CORRECT: dict[str, Callable[[str | None, str], bool]] = {
-    "exact": exact_match,
-    "math": math_correct,
-    "math_strict": math_correct_strict,
-}
+CORRECT: dict[str, Correct] = {"exact": exact_match, "math": math_correct, "math_strict": math_correct_strict}
 # With the lowest reward, which is that of a confidence that cannot be read, or is missing.
 SCORES = {"bce": (bce_reward, math.log(0.01)), "brier": (brier_reward, -1.0), "dcpo": (dcpo_reward, -1.0)}
 
@@ -183,7 +180,7 @@ class Task:
 def confidence_task(
     *,
     score: Literal["bce", "brier", "dcpo"] = "bce",
-    correct: Literal["math", "math_strict", "exact"] | Callable[[str | None, str], bool] = "math",
+    correct: Literal["math", "math_strict", "exact"] | Correct = "math",
     format_weight: float = 0.0,
     strict: bool = False,
 ) -> Task:
@@ -228,7 +225,7 @@ def confidence_task(
     """
     if score not in SCORES:
         raise ValueError(f"`score={score!r}`: it must be {' or '.join(map(repr, SCORES))}.")
-    reading = _reading(correct, strict)
+    reading, occurrence = _reading(correct, strict)
     func, lowest = SCORES[score]
     correctness, scoring = partial(correctness_reward, **reading), partial(func, **reading)
     solution, solution_weights = _with_format([correctness], confidence_format_reward, format_weight)
@@ -242,7 +239,7 @@ def confidence_task(
                 solution,
                 tags=("reasoning", "answer"),
                 reward_weights=solution_weights,
-                occurrence=_occurrence(strict),
+                occurrence=occurrence,
             ),
             Block(
                 "confidence",
@@ -250,7 +247,7 @@ def confidence_task(
                 tags=("analysis", "confidence"),
                 outcome=correctness,
                 missing_reward=lowest,
-                occurrence=_occurrence(strict),
+                occurrence=occurrence,
             ),
         ],
         scalar_reward_funcs=scalar,
@@ -260,7 +257,7 @@ def confidence_task(
 
 def two_attempt_task(
     *,
-    correct: Literal["math", "math_strict", "exact"] | Callable[[str | None, str], bool] = "math",
+    correct: Literal["math", "math_strict", "exact"] | Correct = "math",
     format_weight: float = 0.0,
     strict: bool = False,
 ) -> Task:
@@ -272,17 +269,8 @@ def two_attempt_task(
     baseline is the sum of both.
 
     Args:
-        correct (`str` or `Callable`, *optional*, defaults to `"math"`):
-            When an answer is correct: `"math"` ([`~rewards.text.math_correct`]), `"math_strict"`
-            ([`~rewards.text.math_correct_strict`]), `"exact"` ([`~rewards.text.exact_match`]) or a function
-            `correct(prediction, answer) -> bool`.
-        format_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of [`~rewards.text.two_attempts_format_reward`] in the first block and in the baseline, at least 0.
-            What makes a model write the second block is that without it the first one is charged its `missing_reward`
-            (`BlockwiseGRPOConfig(charge_missing=True)`); this wants the exact layout too.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether to read as the paper's setting does, with `"math"` standing for `"math_strict"`: the first block of
-            several and the first answer count, and nothing but the bare expression or number.
+        correct, format_weight, strict:
+            As for [`confidence_task`]; the layout is that of [`~rewards.text.two_attempts_format_reward`].
 
     Returns:
         [`Task`]: the task.
@@ -298,7 +286,7 @@ def two_attempt_task(
     ['first_attempt', 'second_attempt']
     ```
     """
-    reading = _reading(correct, strict)
+    reading, occurrence = _reading(correct, strict)
     first, second = partial(first_attempt_reward, **reading), partial(second_attempt_reward, **reading)
     first_rewards, first_weights = _with_format([first], two_attempts_format_reward, format_weight)
     scalar, scalar_weights = _with_format([first, second], two_attempts_format_reward, format_weight)
@@ -310,26 +298,19 @@ def two_attempt_task(
                 first_rewards,
                 tags="first_attempt",
                 reward_weights=first_weights,
-                occurrence=_occurrence(strict),
+                occurrence=occurrence,
             ),
-            Block("second_attempt", second, tags="second_attempt", outcome=first, occurrence=_occurrence(strict)),
+            Block("second_attempt", second, tags="second_attempt", outcome=first, occurrence=occurrence),
         ],
         scalar_reward_funcs=scalar,
         scalar_reward_weights=scalar_weights,
     )
 
 
-def _occurrence(strict: bool) -> str:
-    return "first" if strict else "last"
-
-
-def _reading(correct: str | Callable, strict: bool) -> dict[str, Any]:
-    """How reward functions read: their arguments `correct` and `strict`."""
-    correct = _correct_function("math_strict" if strict and correct == "math" else correct)
-    return {"correct": correct, "strict": True} if strict else {"correct": correct}
-
-
-def _correct_function(correct: str | Callable) -> Callable[[str | None, str], bool]:
+def _reading(correct: str | Correct, strict: bool) -> tuple[dict[str, Any], str]:
+    """How completions are read: `correct` and `strict` of reward functions, and `occurrence` of blocks."""
+    if strict and correct == "math":
+        correct = "math_strict"
     function = CORRECT.get(correct) if isinstance(correct, str) else correct
     if not callable(function):
         raise ValueError(
@@ -338,7 +319,7 @@ def _correct_function(correct: str | Callable) -> Callable[[str | None, str], bo
         )
     if function in (math_correct, math_correct_strict):  # now, not at the first reward
         import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
-    return function
+    return {"correct": function, "strict": strict}, "first" if strict else "last"
 
 
 def _with_format(funcs: list[Callable], format_reward: Callable, weight: float) -> tuple[list[Callable], list[float]]:

@@ -46,8 +46,7 @@ Built-in names: `"ocr"` and `"ocr_flow_grpo"` ([`~rewards.ocr.OCRReward`]), [`~r
 called `"scene"` and `"scene_strict"` ([`~rewards.scene.SceneReward`] with [`~rewards.scene.TransformersDetector`]),
 `"clip_score"` ([`~rewards.clip.ClipScore`]), `"pickscore"` ([`~rewards.clip.PickScore`]), `"aesthetic"`
 ([`~rewards.clip.AestheticScore`]), `"hpsv2"` ([`~rewards.hps.HPSv2`]) and `"vlm_judge"` ([`~rewards.judge.VLMJudge`]).
-The tiny world has scene rewards of
-its own, [`~flow_trl.tiny.scene_reward`].
+The tiny world has scene rewards of its own, [`~flow_trl.tiny.scene_reward`].
 """
 
 from collections.abc import Callable
@@ -58,6 +57,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .remote import RemoteReward as RemoteReward
+
+
+# What a trainer offers to reward functions that take it, as TRL's do.
+EXTRAS = ("trainer_state", "log_extra", "log_metric")
 
 
 def _load(module: str, name: str) -> Any:
@@ -102,7 +105,7 @@ def import_dotted(path: str, argument: str) -> Any:
 
     Args:
         path (`str`):
-            Module and name, for example `"my_package.rewards.darkness"`.
+            Module and name, for example `"my_package.rewards.darkness"` or `"my_package.rewards:darkness"`.
         argument (`str`):
             What it was given as, for the message.
 
@@ -118,10 +121,10 @@ def import_dotted(path: str, argument: str) -> Any:
     >>> import_dotted("flow_trl.rewards.jpeg.jpeg_compressibility", "reward")
     ```
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = path.replace(":", ".").rpartition(".")
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"`{argument}` is {path!r}, which cannot be imported ({error}): it must be the module's path and a name in it, "
             "and the module must be installed, or in the folder where the command is run."
@@ -140,8 +143,8 @@ def get_reward_func(reward: str | Callable) -> Callable:
 
     Args:
         reward (`str` or `Callable`):
-            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), dotted path of a function or of a class that is made
-            without arguments, or a reward function, which is returned unchanged.
+            Name of a built-in reward (a key of `BUILT_IN_REWARDS`), dotted path ([`import_dotted`]) of a function or of a
+            class that is made without arguments, or a reward function, which is returned unchanged.
 
     Returns:
         `Callable`: the reward function, see [`flow_trl.rewards`] for how it is called.
@@ -164,15 +167,15 @@ def get_reward_func(reward: str | Callable) -> Callable:
     ```
     """
     if isinstance(reward, str):
-        if "." in reward:
+        if reward in BUILT_IN_REWARDS:
+            return BUILT_IN_REWARDS[reward]()
+        if "." in reward or ":" in reward:
             return import_dotted(reward, "reward")
-        if reward not in BUILT_IN_REWARDS:
-            raise ValueError(
-                f"`reward` is {reward!r}, which is no built-in reward. The built-in ones are "
-                f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable) or its "
-                "dotted path, such as 'my_package.rewards.darkness'."
-            )
-        return BUILT_IN_REWARDS[reward]()
+        raise ValueError(
+            f"`reward` is {reward!r}, which is no built-in reward. The built-in ones are "
+            f"{', '.join(map(repr, BUILT_IN_REWARDS))}; for any other, pass the function itself (a callable) or its "
+            "dotted path, such as 'my_package.rewards.darkness'."
+        )
     if not callable(reward):
         raise TypeError(
             f"`reward` must be the name of a built-in reward ({', '.join(map(repr, BUILT_IN_REWARDS))}) or a "
@@ -183,14 +186,7 @@ def get_reward_func(reward: str | Callable) -> Callable:
 
 def reward_name(func: Callable) -> str:
     """
-    Returns the name under which a reward function is logged.
-
-    Args:
-        func (`Callable`):
-            A reward function.
-
-    Returns:
-        `str`: its `__name__`, or its class's name where it has none.
+    Returns the name under which a reward function is logged: its `__name__`, or its class's name where it has none.
 
     Example:
 
@@ -205,24 +201,7 @@ def reward_name(func: Callable) -> str:
 
 
 def refuse_videos(name: str, images: list) -> None:
-    """
-    Raises if images are videos, for a reward function that takes single images.
-
-    Args:
-        name (`str`):
-            Name of the reward function.
-        images (`list`):
-            What it was given.
-
-    Raises:
-        ValueError: if an entry of `images` is a list.
-
-    Example:
-
-    ```python
-    >>> refuse_videos("ocr", [image, image])
-    ```
-    """
+    """Raises a `ValueError` if an entry of `images` is a list, for the reward `name`, which takes single images."""
     if any(isinstance(image, list) for image in images):
         raise ValueError(
             f"The reward `{name}` takes single images, but `images` has videos (lists of frames). Pass a function of "

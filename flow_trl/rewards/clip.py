@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from .frames import FrameReward
+from .pretrained import find_file, load_config, loading, refuse_differences
 
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
@@ -148,11 +148,12 @@ class ClipEncoder:
 class _ClipReward(FrameReward):
     def __init__(
         self,
-        model: str | Path | CLIPModel,
-        processor: str | Path | CLIPProcessor | None,
-        device: str | torch.device | None,
-        batch_size: int,
-        num_frames: int,
+        model: str | Path | CLIPModel = OPENAI_CLIP,
+        processor: str | Path | CLIPProcessor | None = None,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        num_frames: int = 8,
     ):
         super().__init__(batch_size, num_frames)
         self.encoder = ClipEncoder(model, processor, device=device, batch_size=batch_size)
@@ -204,17 +205,6 @@ class ClipScore(_ClipReward):
 
     __name__ = "clip_score"
 
-    def __init__(
-        self,
-        model: str | Path | CLIPModel = OPENAI_CLIP,
-        processor: str | Path | CLIPProcessor | None = None,
-        *,
-        device: str | torch.device | None = None,
-        batch_size: int = 64,
-        num_frames: int = 8,
-    ):
-        super().__init__(model, processor, device, batch_size, num_frames)
-
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return 100 * self._cosine(prompts, images).clamp(min=0)
 
@@ -226,29 +216,15 @@ class PickScore(_ClipReward):
 
     The factor is the model's, about 100, so that most scores lie around 20; the difference of two images' scores is
     the log-odds of the one being preferred. The default model takes 3.9 GB, and about 4 seconds per image on one CPU
-    core; it is meant for a GPU.
+    core; it is meant for a GPU. Arguments, attributes and errors are those of [`ClipScore`], but for two defaults.
 
     Args:
         model (`str`, `Path` or `transformers.CLIPModel`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
-            Hub id or folder of a CLIP, or the model itself, see [`ClipEncoder`].
+            Hub id or folder of a CLIP, or the model itself.
         processor (`str`, `Path` or [`~transformers.CLIPProcessor`], *optional*):
             Hub id or folder of the model's processor, or the processor itself. Defaults to the one in the model's
             folder, and where there is none to that of `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`, on which PickScore is
             based.
-        device (`str` or `torch.device`, *optional*):
-            Where the model is moved to, see [`ClipEncoder`].
-        batch_size (`int`, *optional*, defaults to `64`):
-            Images per forward pass.
-        num_frames (`int`, *optional*, defaults to `8`):
-            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
-
-    Attributes:
-        encoder ([`ClipEncoder`]): what embeds the images; it has the model and its processor.
-
-    Raises:
-        ValueError: if no CLIP or processor can be loaded, the two do not fit, or `batch_size` or `num_frames` is below
-            1.
-        TypeError: if `model` or `processor` is of another type.
 
     Example:
 
@@ -276,7 +252,7 @@ class PickScore(_ClipReward):
             folder = Path(model.name_or_path if isinstance(model, CLIPModel) else str(model))
             if not any((folder / name).is_file() for name in PROCESSOR_FILES):
                 processor = PICKSCORE_PROCESSOR
-        super().__init__(model, processor, device, batch_size, num_frames)
+        super().__init__(model, processor, device=device, batch_size=batch_size, num_frames=num_frames)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return self.encoder.model.logit_scale.exp() * self._cosine(prompts, images)
@@ -288,31 +264,20 @@ class AestheticScore(_ClipReward):
 
     This is [LAION's aesthetic predictor](https://github.com/christophschuhmann/improved-aesthetic-predictor), a reward
     of [DDPO](https://huggingface.co/papers/2305.13301): a network without nonlinearities on CLIP's image embedding,
-    scaled to length 1. Memory and time are those of [`ClipScore`].
+    scaled to length 1. Memory and time are those of [`ClipScore`], and so is all that is not listed.
 
     Args:
         model (`str`, `Path` or `transformers.CLIPModel`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Hub id or folder of the CLIP that the head was trained on, or the model itself, see [`ClipEncoder`].
-        processor (`str`, `Path` or [`~transformers.CLIPProcessor`], *optional*):
-            Hub id or folder of the model's processor, or the processor itself. Defaults to the one beside the model.
+            Hub id or folder of the CLIP that the head was trained on, or the model itself.
         head (`str` or `Path`, *optional*, defaults to `"trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"`):
             Weights of the network: a file, or `"owner/repository/file"` on the Hub; `.safetensors`, or else what
             `torch.save` writes.
-        device (`str` or `torch.device`, *optional*):
-            Where the model is moved to, see [`ClipEncoder`].
-        batch_size (`int`, *optional*, defaults to `64`):
-            Images per forward pass.
-        num_frames (`int`, *optional*, defaults to `8`):
-            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
 
     Attributes:
-        encoder ([`ClipEncoder`]): what embeds the images; it has the model and its processor.
         head (`torch.nn.Sequential`): the network, from `encoder.dim` numbers to one.
 
     Raises:
-        ValueError: if no CLIP, processor or head can be loaded, one does not fit another, or `batch_size` or
-            `num_frames` is below 1.
-        TypeError: if `model` or `processor` is of another type.
+        ValueError: as of [`ClipScore`], or if no head can be loaded or it does not fit the CLIP.
 
     Example:
 
@@ -337,7 +302,7 @@ class AestheticScore(_ClipReward):
         batch_size: int = 64,
         num_frames: int = 8,
     ):
-        super().__init__(model, processor, device, batch_size, num_frames)
+        super().__init__(model, processor, device=device, batch_size=batch_size, num_frames=num_frames)
         self.head = _load_head(head, self.encoder.dim).to(self.encoder.model.device)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
@@ -350,18 +315,9 @@ def _load_model(model: str | Path) -> CLIPModel:
             f"`model` must be the Hub id or folder of a CLIP, or a `transformers.CLIPModel`, but it is a "
             f"{type(model).__name__}."
         )
-    remedy = (
-        f'Pass the Hub id of a CLIP, such as "{OPENAI_CLIP}" (downloaded the first time, for which the network is '
-        "needed), a folder that `CLIPModel.save_pretrained` has written, or a `transformers.CLIPModel`."
-    )
-    try:
-        # Without this look CLIPModel would load any model's folder, with random weights in place of what it lacks.
-        config = AutoConfig.from_pretrained(model)
-        if isinstance(config, CLIPConfig):
-            return CLIPModel.from_pretrained(model, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f'`model` is "{model}", from which no CLIP can be loaded ({error}). {remedy}') from error
-    raise ValueError(f'`model` is "{model}", which is no CLIP but a model of the type "{config.model_type}". {remedy}')
+    others = "a folder that `CLIPModel.save_pretrained` has written, or a `transformers.CLIPModel`"
+    with loading(model, "CLIP", OPENAI_CLIP, others):
+        return CLIPModel.from_pretrained(model, config=load_config(model, CLIPConfig), dtype=torch.float32)
 
 
 def _load_processor(processor: str | Path | CLIPProcessor | None, model: CLIPModel) -> CLIPProcessor:
@@ -383,35 +339,6 @@ def _load_processor(processor: str | Path | CLIPProcessor | None, model: CLIPMod
             f'`processor` is {processor and repr(str(processor))}, and none can be loaded from "{name}" ({error}). '
             f"{remedy}"
         ) from error
-
-
-def find_file(name: str | Path, argument: str, example: str) -> Path:
-    """The path of a file here, or of `"owner/repository/file"` from the Hub; `argument` and `example` are for the error."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    owner, repository, file = [*path.as_posix().split("/", 2), "", ""][:3]
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f'`{argument}` is "{name}", which is no file here, and cannot be had from the Hub ({error}). Pass the path '
-            f'of a file, or "owner/repository/file" such as "{example}" (downloaded the first time, for which the '
-            "network is needed)."
-        ) from error
-
-
-def refuse_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], problem: str) -> None:
-    """Raises an error that begins with `problem` if weights differ in names or shapes."""
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, found)]
-    differences = [
-        f"`{name}` is {shapes[1].get(name, 'missing')}, not {shapes[0].get(name, 'expected')}"
-        for name in shapes[0] | shapes[1]
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
-    if differences:
-        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise ValueError(f"{problem}: {'; '.join(differences[:10])}{more}.")
 
 
 def _load_head(head: str | Path, dim: int) -> nn.Sequential:

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import AutoConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
-from .clip import PICKSCORE_PROCESSOR, _ClipReward, find_file, refuse_differences
+from .clip import PICKSCORE_PROCESSOR, _ClipReward
+from .pretrained import find_file, load_config, loading, refuse_differences
 
 
 HPSV2 = "xswu/HPSv2/HPS_v2.1_compressed.pt"
@@ -41,22 +42,14 @@ class HPSv2(_ClipReward):
     (https://huggingface.co/papers/2306.09341), the cosine of image and prompt in a CLIP trained on such choices.
 
     Most scores lie between 0.2 and 0.35. Images are not cropped but get black bars where they are not square, as in the
-    authors' package `hpsv2`. Memory and time are those of [`~rewards.clip.PickScore`].
+    authors' package `hpsv2`. Memory and time are those of [`~rewards.clip.PickScore`], and what is not listed that of
+    [`~rewards.clip.ClipScore`].
 
     Args:
         checkpoint (`str` or `Path`, *optional*, defaults to `"xswu/HPSv2/HPS_v2.1_compressed.pt"`):
             OpenCLIP weights as the authors save them: a file, or `"owner/repository/file"` on the Hub.
         model (`str` or `Path`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
             Hub id or folder of a CLIP of the checkpoint's architecture, of which only configuration and processor are used.
-        device (`str` or `torch.device`, *optional*):
-            Where the model is moved to, see [`~rewards.clip.ClipEncoder`].
-        batch_size (`int`, *optional*, defaults to `64`):
-            Images per forward pass.
-        num_frames (`int`, *optional*, defaults to `8`):
-            Frames of a video, at even distances, whose mean is its score; all frames where there are fewer.
-
-    Attributes:
-        encoder ([`~rewards.clip.ClipEncoder`]): what embeds the images; it has the model and its processor.
 
     Raises:
         ValueError: if the checkpoint, configuration or processor cannot be loaded or do not fit one another, or `batch_size`
@@ -86,41 +79,17 @@ class HPSv2(_ClipReward):
     ):
         path = find_file(checkpoint, "checkpoint", HPSV2)
         device = device or PartialState().device
-        super().__init__(load_open_clip(path, model), model, device, batch_size, num_frames)
+        clip = _load_open_clip(path, model)
+        super().__init__(clip, model, device=device, batch_size=batch_size, num_frames=num_frames)
 
     def _score(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         return self._cosine(prompts, [_squared(image, self.encoder.image_size) for image in images])
 
 
-def load_open_clip(path: Path, model: str | Path) -> CLIPModel:
-    """
-    A [`~transformers.CLIPModel`] with the weights of an OpenCLIP checkpoint.
-
-    Args:
-        path (`Path`):
-            What `torch.save` wrote: the weights by OpenCLIP's names, or a dictionary with them as `"state_dict"`.
-        model (`str` or `Path`):
-            Hub id or folder of a CLIP of that architecture, for its configuration.
-
-    Returns:
-        [`~transformers.CLIPModel`]: in float32.
-
-    Raises:
-        ValueError: if there is no configuration, or the weights are not those that it asks for.
-
-    Example:
-
-    ```python
-    >>> clip = load_open_clip(Path("HPS_v2.1_compressed.pt"), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    ```
-    """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f'`model` is "{model}", which has no configuration ({error}). Pass the Hub id of the CLIP that the checkpoint '
-            f'is based on, such as "{OPEN_CLIP}" (downloaded the first time, for which the network is needed), or a folder.'
-        ) from error
+def _load_open_clip(path: Path, model: str | Path) -> CLIPModel:
+    """A CLIP of this architecture with the weights that `torch.save` wrote, alone or as `"state_dict"`."""
+    with loading(model, "configuration of a CLIP", OPEN_CLIP, "on which the checkpoint is based, or a folder"):
+        config = load_config(model, CLIPConfig)
     weights = torch.load(path, "cpu", weights_only=True)
     renamed = {}
     for name, weight in weights.get("state_dict", weights).items():

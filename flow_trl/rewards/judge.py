@@ -8,7 +8,9 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..utils import MissingExtraError
 from .frames import FrameReward
+from .pretrained import loading
 
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -28,8 +30,8 @@ class VLMJudge(FrameReward):
 
     Args:
         model (`str` or `Path`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
-            Hub id or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, with a processor that has a
-            chat template. It is loaded in the type of its weights.
+            Hub id or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, in the type of its weights,
+            with a processor that has a chat template.
         question (`str`, *optional*):
             What is asked; `{prompt}` in it stands for the image's prompt.
         answers (`str` or `dict[str, float]`, *optional*, defaults to `"Yes"`):
@@ -111,10 +113,8 @@ class VLMJudge(FrameReward):
         inputs = self.processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         last = inputs.attention_mask.sum(1) - 1
-        logits = self.model(
-            **inputs, logits_to_keep=last
-        ).logits  # (B, B, vocabulary): every text at every last position
-        logits = logits.diagonal().T.float()
+        # (B, B, vocabulary): every text at every last position, of which its own is the diagonal.
+        logits = self.model(**inputs, logits_to_keep=last).logits.diagonal().T.float()
         if isinstance(self.answers, str):
             return logits.softmax(-1)[:, self._tokens[0]]
         values = torch.tensor(list(self.answers.values()), dtype=torch.float32, device=logits.device)
@@ -122,24 +122,15 @@ class VLMJudge(FrameReward):
 
 
 def _load(model: str | Path, device: str | torch.device | None) -> tuple[Any, Any]:
-    remedy = (
-        f'Pass the Hub id of one, such as "{QWEN}" (downloaded the first time, for which the network is needed), or a '
-        "folder that `save_pretrained` has written."
-    )
     try:
-        processor = AutoProcessor.from_pretrained(model)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+        with loading(model, "vision-language model", QWEN, "or a folder that `save_pretrained` has written"):
+            processor = AutoProcessor.from_pretrained(model)
+            loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+            if getattr(processor, "chat_template", None) is None:
+                raise ValueError("its processor has no chat template")
     except ImportError as error:
-        from ..utils import MissingExtraError
-
         raise MissingExtraError(
             f'The processor of "{model}" needs a package that is not installed ({error}). Most need what '
             '`pip install "flow-trl[clip]"` installs.'
         ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f'`model` is "{model}", from which no vision-language model can be loaded ({error}). {remedy}'
-        ) from error
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f'`model` is "{model}", whose processor has no chat template. {remedy}')
     return loaded.to(device or PartialState().device).eval().requires_grad_(False), processor

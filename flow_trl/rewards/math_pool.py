@@ -23,10 +23,8 @@ from contextlib import suppress
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = (0.1, 3.0)  # of CPU time: first for every answer, then for those that took longer
-BATCH_SECONDS = (
-    15.0  # for the latter; a machine with other work has `EXTRA_SECONDS` for each answer to get through all
-)
-EXTRA_SECONDS = 0.05
+# For the latter; to get through all a machine with other work has the extra seconds for each answer.
+BATCH_SECONDS, EXTRA_SECONDS = 15.0, 0.05
 START_SECONDS = 300.0
 MEMORY = 4 * 2**30
 MAX_WORKERS = 8
@@ -68,22 +66,7 @@ def compare(jobs: Sequence[Job]) -> list[bool | None]:
         start = time.monotonic()
         ends = start + BATCH_SECONDS + EXTRA_SECONDS * len(jobs), start + BATCH_SECONDS
         for seconds, end in zip(ANSWER_SECONDS, ends, strict=True):
-            waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-            for index, result in enumerate(results):
-                if result is None:
-                    waiting.put(index)
-
-            def work(worker: _Worker, waiting=waiting, seconds=seconds, end=end) -> None:
-                with suppress(queue.Empty):
-                    while time.monotonic() < end:
-                        index = waiting.get_nowait()
-                        results[index] = worker.ask(jobs[index], seconds, end)
-
-            threads = [threading.Thread(target=work, args=(worker,)) for worker in _idle[:count]]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            _compare_rest(jobs, results, _idle[:count], seconds, end)
     late = [jobs[index][0][0] for index, result in enumerate(results) if result is None]
     if late:
         logger.warning(
@@ -91,6 +74,28 @@ def compare(jobs: Sequence[Job]) -> list[bool | None]:
             f"{late[0][:40]!r}."
         )
     return results
+
+
+def _compare_rest(
+    jobs: list[Job], results: list[bool | None], workers: "list[_Worker]", seconds: float, end: float
+) -> None:
+    """Compares what has no result yet, side by side, each within some seconds of CPU time and all until the end."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index, result in enumerate(results):
+        if result is None:
+            waiting.put(index)
+
+    def work(worker: _Worker) -> None:
+        with suppress(queue.Empty):
+            while time.monotonic() < end:
+                index = waiting.get_nowait()
+                results[index] = worker.ask(jobs[index], seconds, end)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def stop() -> None:

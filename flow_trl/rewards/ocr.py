@@ -141,16 +141,7 @@ class OCRReward:
         return scores
 
     def read(self, images: list[Image.Image]) -> list[str]:
-        """
-        Reads images.
-
-        Args:
-            images (`list[PIL.Image.Image]`):
-                Images of any size and mode.
-
-        Returns:
-            `list[str]`: the text in each of them, `""` where there is none.
-        """
+        """Reads the text in each of some images, of any size and mode; `""` where there is none."""
         small = [i for i, image in enumerate(images) if max(image.size) <= SMALL_SIDE]
         tasks = [small[start : start + BATCH_SIZE] for start in range(0, len(small), BATCH_SIZE)]
         tasks += [[i] for i in range(len(images)) if max(images[i].size) > SMALL_SIDE]

@@ -12,6 +12,8 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from . import EXTRAS
+
 
 # Options with which no pixel changes and encoding is fast; the modes whose values both formats keep.
 IMAGE_FORMATS = {"PNG": {"compress_level": 1}, "WEBP": {"lossless": True, "exact": True, "quality": 0}}
@@ -19,8 +21,6 @@ IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 # Seconds before the first retry, doubled for each further one, and the longest wait, also where the server asks for more.
 BACKOFF, MAX_WAIT = 1.0, 60.0
 SHOWN_CHARACTERS = 200
-# What trainers pass to reward functions beside the data set's columns.
-NOT_COLUMNS = ("trainer_state", "log_extra", "log_metric")
 
 
 class RemoteReward:
@@ -128,18 +128,7 @@ class RemoteReward:
         self, prompts: list[str], images: list[Image.Image | list[Image.Image]], **columns: Any
     ) -> list[float | None]:
         """
-        Scores images.
-
-        Args:
-            prompts (`list[str]`):
-                The prompt of each image.
-            images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-                Images to score, or the frames of each video, of any size and of mode 1, L, LA, P, RGB or RGBA.
-            columns:
-                Columns of the data set, one entry per image.
-
-        Returns:
-            `list[float | None]`: one score per image, `None` where the reward does not apply.
+        Scores images or videos, of any size and of mode 1, L, LA, P, RGB or RGBA, see [`flow_trl.rewards`].
 
         Raises:
             ValueError: if lists differ in length, an image cannot be encoded or is larger than a request may be, a
@@ -173,7 +162,7 @@ class RemoteReward:
         return [score for task in tasks for score in task.result()]
 
     def _sent(self, columns: dict[str, Any]) -> dict[str, Any]:
-        columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
+        columns = {name: values for name, values in columns.items() if name not in EXTRAS}
         if self.columns is not None:
             for name in self.columns:
                 if name not in columns:

@@ -59,7 +59,6 @@ GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", 
 COLOR_PHRASES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 BACKGROUND = "#999"
 # Pairs of query and class that are looked at, and objects that are kept of a class, as in GenEval.
-COUNTING_THRESHOLD = 0.9
 MAX_CANDIDATES, MAX_PER_CLASS = 100, 16
 STRIDE = 32  # of the model, to a multiple of which images are padded
 # GenEval's names of COCO classes that detectors name otherwise.
@@ -90,7 +89,7 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
             The box it is compared with.
 
     Returns:
-        `set[str]`: a subset of `{"left of", "right of", "above", "below"}`.
+        `set[str]`: a subset of `RELATIONS`: `"left of"`, `"right of"`, `"above"`, `"below"`.
 
     Example:
 
@@ -106,7 +105,7 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     if (np.abs(offset) < 1e-3).all():
         return set()
     x, y = offset / length
-    return {name for name, amount in (("left of", -x), ("right of", x), ("above", -y), ("below", y)) if amount > 0.5}
+    return {name for name, amount in zip(RELATIONS, (-x, x, -y, y), strict=True) if amount > 0.5}
 
 
 def score_scene(
@@ -144,7 +143,7 @@ def score_scene(
         `float`: 0 or 1 if strict, else in [0, 1].
 
     Raises:
-        ValueError: if a position refers to an entry that does not come earlier.
+        ValueError: if a position is no such relation, or refers to an entry that does not come earlier.
 
     Example:
 
@@ -172,6 +171,11 @@ def score_scene(
             satisfied = satisfied and (share == 1 or not strict)
         if entry.get("position") is not None:
             relation, target = entry["position"]
+            if relation not in RELATIONS:
+                raise ValueError(
+                    f"`position` of entry {index} of `include` is {entry['position']!r}: its first item must be one of "
+                    f"{', '.join(map(repr, RELATIONS))}."
+                )
             if not 0 <= int(target) < index:
                 raise ValueError(
                     f"`position` of entry {index} of `include` is {entry['position']!r}: its second item must be the "
@@ -329,7 +333,7 @@ class TransformersDetector:
         clip: str | Path | ClipEncoder | None = None,
         *,
         threshold: float = 0.3,
-        counting_threshold: float = COUNTING_THRESHOLD,
+        counting_threshold: float = 0.9,
         shortest_edge: int = 800,
         device: str | torch.device | None = None,
         batch_size: int = 8,
@@ -343,16 +347,7 @@ class TransformersDetector:
         self._phrases: dict[str, torch.Tensor] = {}
 
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """
-        Finds the objects in images.
-
-        Args:
-            images (`list[PIL.Image.Image]`):
-                Images of any size.
-
-        Returns:
-            `list[list[Detection]]`: the objects of each image, the most confident first, boxes in its pixels.
-        """
+        """Finds the objects in each of some images, of any size: the most confident first, boxes in the image's pixels."""
         import torch
 
         found: list[list[Detection]] = []
@@ -424,24 +419,19 @@ class _Found(Detection):
 
 def _load_mask2former(model: str | Path, shortest_edge: int, device: str | torch.device | None) -> tuple[Any, Any]:
     from accelerate import PartialState
-    from transformers import AutoConfig, AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     from ..utils import import_extra
+    from .pretrained import load_config, loading
 
     import_extra("scipy", extra="geneval", purpose="Mask2Former")
     size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 1333 // 800}
-    try:
-        config = AutoConfig.from_pretrained(model)
-        error = f"it is of the type {config.model_type!r}"
-        if isinstance(config, Mask2FormerConfig):
-            processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
-            return loaded.to(PartialState().device if device is None else device).eval(), processor
-    except (OSError, ValueError) as failure:
-        error = failure
-    raise ValueError(
-        f'`model` is "{model}", from which no Mask2Former can be loaded ({error}). Pass the Hub id of one, such as '
-        f'"{MASK2FORMER}" (downloaded the first time, for which the network is needed), or a folder that '
-        "`save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
-        "`flow_trl.tiny.scene_reward()` as the reward function."
-    ) from (error if isinstance(error, Exception) else None)
+    others = (
+        "or a folder that `save_pretrained` has written. For pictures of the tiny world no model is needed: pass "
+        "`flow_trl.tiny.scene_reward()` as the reward function"
+    )
+    with loading(model, "Mask2Former", MASK2FORMER, others):
+        config = load_config(model, Mask2FormerConfig)
+        processor = AutoImageProcessor.from_pretrained(model, size=size, size_divisor=0)
+        loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, config=config)
+        return loaded.to(PartialState().device if device is None else device).eval(), processor

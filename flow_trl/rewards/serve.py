@@ -47,13 +47,12 @@ import os
 from base64 import b64decode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from . import BUILT_IN_REWARDS, get_reward_func, reward_name
+from . import get_reward_func, reward_name
 
 
 try:
@@ -68,42 +67,6 @@ except ImportError as error:
     import_extra(error.name, extra="serve", purpose="The reward server")
 
 logger = logging.getLogger("flow_trl.rewards.serve")
-
-
-def load_reward(reward: str) -> Callable:
-    """
-    Returns the reward function that a name on the command line stands for.
-
-    Args:
-        reward (`str`):
-            Name of a built-in reward, or `package.module:name` (or `package.module.name`) of a reward function or of a
-            class, which is constructed without arguments.
-
-    Returns:
-        `Callable`: the reward function.
-
-    Raises:
-        ValueError: if there is no such reward.
-        TypeError: if what is there cannot be called.
-
-    Example:
-
-    ```python
-    >>> load_reward("flow_trl.rewards.jpeg:jpeg_compressibility").__name__
-    'jpeg_compressibility'
-    ```
-    """
-    if reward in BUILT_IN_REWARDS:
-        return get_reward_func(reward)
-    module, _, name = reward.replace(":", ".").rpartition(".")
-    try:
-        func = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"`reward` is {reward!r}, which cannot be imported ({error}). Give `package.module:name`, importable from "
-            f"here, or a built-in one: {', '.join(BUILT_IN_REWARDS)}."
-        ) from error
-    return get_reward_func(func() if inspect.isclass(func) else func)
 
 
 def create_app(reward_func: Callable, *, token: str | None = None, max_batch_bytes: int = 64 * 2**20) -> Starlette:
@@ -247,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     token = os.environ.get(args.token_env, "").strip() or None
-    app = create_app(load_reward(args.reward), token=token, max_batch_bytes=args.max_batch_bytes)
+    app = create_app(get_reward_func(args.reward), token=token, max_batch_bytes=args.max_batch_bytes)
     uvicorn.run(app, host=args.host, port=args.port)
 
 

@@ -84,17 +84,8 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 
 def extract_tag(text: str, tag: str) -> str | None:
     """
-    Returns what stands between a pair of tags.
-
-    Args:
-        text (`str`):
-            Text to look in.
-        tag (`str`):
-            Name of the tag, without brackets. Upper and lower case differ.
-
-    Returns:
-        `str` or `None`: from the first opening tag to the next closing tag, without white space at its ends; `None` if
-        there is no such pair.
+    Returns what stands from the first opening tag of a name (without brackets, as it is written) to the next closing tag,
+    without white space at its ends; `None` if there is no such pair.
 
     Example:
 
@@ -138,16 +129,8 @@ def _read_pair(text: str, first: str, second: str, strict: bool) -> tuple[str | 
 
 def read_answer(text: str, strict: bool = False) -> str | None:
     """
-    Reads the answer that a completion gives.
-
-    Args:
-        text (`str`):
-            A completion.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first `<answer>` counts, and not the last before the confidence.
-
-    Returns:
-        `str` or `None`: what stands in it; `None` if there is none.
+    Reads the answer that a completion gives: what stands in the last `<answer>` before the confidence, or if `strict` in
+    the first; `None` if there is none.
 
     Example:
 
@@ -241,17 +224,7 @@ def math_correct(prediction: str | None, answer: str) -> bool:
     (`USD 18`, `18 dollars`, `90%` for 90 as well as for 0.9), a decimal comma (`0,9`), `The answer is ...`, and a sentence
     with one number, unless a word changes it (`not 18`, `at least 18`, `18 or more`).
 
-    Args:
-        prediction (`str` or `None`):
-            The model's answer; `None` if it gave none.
-        answer (`str`):
-            The right answer.
-
-    Returns:
-        `bool`: whether they are equal. `None` and the empty text are never correct.
-
-    Raises:
-        MissingExtraError: if math-verify is not installed.
+    Arguments, result and error are those of [`~rewards.text.math_correct_strict`].
 
     Example:
 
@@ -469,20 +442,14 @@ def brier_reward(
     with c = 1 if the answer is correct and 0 if not ([RLCR](https://huggingface.co/papers/2507.16806)). Its
     expectation is highest where q is the probability of being correct.
 
+    The arguments that are not listed are those of [`~rewards.text.correctness_reward`].
+
     Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`.
         strict (`bool`, *optional*, defaults to `False`):
             Whether the first answer and confidence count, and only a plain number is a confidence.
         log_metric (`Callable`, *optional*):
             Passed by the trainer. The share of completions without a readable confidence
             ([`~rewards.text.parse_confidence`]) is logged as `confidence/unparsable`.
-        kwargs:
-            Not used.
 
     Returns:
         `list[float]`: rewards in [-1, 0]; -1, the lowest, without a readable confidence.
@@ -497,9 +464,8 @@ def brier_reward(
     [-0.25, -1.0]
     ```
     """
-    c = correctness_reward(completions, answer, correct=correct, strict=strict)
-    q = _confidences(completions, log_metric, strict)
-    return [-1.0 if qi is None else 0.0 - (qi - ci) ** 2 for qi, ci in zip(q, c, strict=True)]
+    read = _correctness_and_confidence(completions, answer, correct, strict, log_metric)
+    return [-1.0 if q is None else 0.0 - (q - c) ** 2 for c, q in read]
 
 
 def bce_reward(
@@ -543,12 +509,10 @@ def bce_reward(
     """
     if not 0 < eps < 0.5:
         raise ValueError(f"`eps={eps}`: confidences are clipped to [eps, 1 - eps]; it must be in (0, 0.5).")
-    c = correctness_reward(completions, answer, correct=correct, strict=strict)
-    q = _confidences(completions, log_metric, strict)
     rewards = []
-    for qi, ci in zip(q, c, strict=True):
+    for c, q in _correctness_and_confidence(completions, answer, correct, strict, log_metric):
         # The probability that was given to what is the case.
-        p = 0.0 if qi is None else qi if ci else 1 - qi
+        p = 0.0 if q is None else q if c else 1 - q
         rewards.append(math.log(min(max(p, eps), 1 - eps)))
     return rewards
 
@@ -576,7 +540,9 @@ def dcpo_reward(
 
     Args:
         prompts (`list`):
-            The prompt of each completion; those that are equal are a group.
+            The prompt of each completion; those that are equal are a group. Of several processes each sees its own
+            completions alone: let `per_device_train_batch_size * steps_per_generation` be a multiple of `num_generations`,
+            or a group that two share has two means.
         group_weight (`float`, *optional*, defaults to `0.5`):
             The weight \\( \lambda \\) of the group, in [0, 1].
 
@@ -596,15 +562,14 @@ def dcpo_reward(
     """
     if not 0 <= group_weight <= 1:
         raise ValueError(f"`group_weight={group_weight}`: it must be in [0, 1].")
-    c = correctness_reward(completions, answer, correct=correct, strict=strict)
+    read = _correctness_and_confidence(completions, answer, correct, strict, log_metric)
     groups: dict[str, list[float]] = {}
-    for prompt, ci in zip(prompts, c, strict=True):
-        groups.setdefault(str(prompt), []).append(ci)
+    for prompt, (c, _) in zip(prompts, read, strict=True):
+        groups.setdefault(str(prompt), []).append(c)
     means = {prompt: sum(values) / len(values) for prompt, values in groups.items()}
-    q = _confidences(completions, log_metric, strict)
     return [
-        -1.0 if qi is None else 0.0 - abs(qi - group_weight * means[str(prompt)] - (1 - group_weight) * ci)
-        for qi, ci, prompt in zip(q, c, prompts, strict=True)
+        -1.0 if q is None else 0.0 - abs(q - group_weight * means[str(prompt)] - (1 - group_weight) * c)
+        for prompt, (c, q) in zip(prompts, read, strict=True)
     ]
 
 
@@ -653,12 +618,7 @@ def confidence_format_reward(completions: Completions, **kwargs: Any) -> list[fl
     once and closed, in this order, with nothing but white space around them.
 
     What stands within the tags does not count: an unreadable confidence is scored by the confidence's own reward.
-
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        kwargs:
-            Not used.
+    Nothing but `completions` is used.
 
     Returns:
         `list[float]`: 1.0 or 0.0.
@@ -689,17 +649,11 @@ def first_attempt_reward(
 
     It is an outcome function as well: `Block(..., outcome=first_attempt_reward)`.
 
+    The arguments that are not listed are those of [`~rewards.text.correctness_reward`].
+
     Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
-        correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
-            `correct(prediction, answer) -> bool`; the prediction is `None` where there is no answer.
         strict (`bool`, *optional*, defaults to `False`):
             Whether the first attempts and answers count, and not the last.
-        kwargs:
-            Not used.
 
     Returns:
         `list[float]`: c_1, 1.0 or 0.0.
@@ -733,19 +687,13 @@ def second_attempt_reward(
     Estimation](https://huggingface.co/papers/2602.10231)): 1 if the `<answer>` within `<second_attempt>` is correct, 0.1
     if it is wrong and differs from that of the first attempt, 0 if it is the same or missing.
 
+    The arguments that are not listed are those of [`~rewards.text.first_attempt_reward`].
+
     Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        answer (`list[str]`):
-            The right answers, a column of the data set.
         correct (`Callable`, *optional*, defaults to [`~rewards.text.math_correct`]):
             `correct(prediction, answer) -> bool`. It also says whether both attempts have the same answer.
         different (`float`, *optional*, defaults to `0.1`):
             Reward of a wrong answer that differs from the first one.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first attempts and answers count, and not the last.
-        kwargs:
-            Not used.
 
     Returns:
         `list[float]`: 1.0, `different` or 0.0.
@@ -773,12 +721,7 @@ def two_attempts_format_reward(completions: Completions, **kwargs: Any) -> list[
     """
     Rewards the layout of a completion with two attempts: `<first_attempt>` and `<second_attempt>`, each once and closed,
     in this order, with nothing but white space around them, and each with one `<answer>`.
-
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Completions to score.
-        kwargs:
-            Not used.
+    Nothing but `completions` is used.
 
     Returns:
         `list[float]`: 1.0 or 0.0.
@@ -815,27 +758,24 @@ def _correctness(predictions: list[str | None], answer: Sequence[str] | None, co
     return [float(result) for result in results]
 
 
-def _confidences(
-    completions: Completions, log_metric: Callable[[str, float], None] | None, strict: bool
-) -> list[float | None]:
+def _correctness_and_confidence(
+    completions: Completions,
+    answer: Sequence[str] | None,
+    correct: Correct,
+    strict: bool,
+    log_metric: Callable[[str, float], None] | None,
+) -> list[tuple[float, float | None]]:
+    correctness = correctness_reward(completions, answer, correct=correct, strict=strict)
     confidences = [parse_confidence(completion_text(completion), strict) for completion in completions]
     if log_metric is not None and confidences:
         log_metric("confidence/unparsable", confidences.count(None) / len(confidences))
-    return confidences
+    return list(zip(correctness, confidences, strict=True))
 
 
 def read_attempts(text: str, strict: bool = False) -> tuple[str | None, str | None]:
     """
-    Reads the answers of both attempts in a completion.
-
-    Args:
-        text (`str`):
-            A completion.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether the first attempts and answers count, and not the last.
-
-    Returns:
-        `tuple[str | None, str | None]`: what stands in the `<answer>` of each; `None` if there is none.
+    Reads the answers of both attempts in a completion: what stands in the `<answer>` of each, of several in the last or if
+    `strict` in the first; `None` if there is none.
 
     Example:
 

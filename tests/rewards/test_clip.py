@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from flow_trl.rewards import BUILT_IN_REWARDS, clip, get_reward_func, reward_name
+from flow_trl.rewards import BUILT_IN_REWARDS, clip, get_reward_func, pretrained, reward_name
 from flow_trl.rewards.clip import AestheticScore, ClipEncoder, ClipScore, PickScore
 from flow_trl.tiny import LANGUAGE_FOLDER
 from flow_trl.tiny.build_clip import make_clip
@@ -380,7 +380,7 @@ def test_batch_size_and_num_frames(tiny, batch_size):
 )
 def test_head_from_the_hub(tiny, head, monkeypatch, value, repository, file):
     asked = []
-    monkeypatch.setattr(clip, "hf_hub_download", lambda *names: asked.append(names) or str(head))
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda *names: asked.append(names) or str(head))
     AestheticScore(*tiny, head=value)
     assert asked == [(repository, file)]
 

@@ -87,9 +87,10 @@ def test_callable_is_returned_unchanged():
     assert get_reward_func(judged) is judged
 
 
-def test_unknown_name():
-    with pytest.raises(ValueError, match=re.escape("`reward` is 'orc'")) as info:
-        get_reward_func("orc")
+@pytest.mark.parametrize("name", ["orc", "jpg", ""])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match=re.escape(f"`reward` is {name!r}")) as info:
+        get_reward_func(name)
     assert all(repr(name) in str(info.value) for name in BUILT_IN_REWARDS)
     assert "callable" in str(info.value)
 

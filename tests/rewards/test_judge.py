@@ -120,7 +120,7 @@ def test_a_model_that_is_no_judge(model):
 def test_a_processor_without_a_chat_template(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="whose processor has no chat template"):
+    with pytest.raises(ValueError, match="its processor has no chat template"):
         VLMJudge(tmp_path)
 
 

@@ -162,6 +162,12 @@ def test_position_must_refer_to_an_earlier_entry():
         score_scene([RED_CIRCLE], include)
 
 
+def test_position_must_be_a_relation():
+    include = [{"class": "circle", "count": 1}, {"class": "square", "count": 1, "position": ["leftof", 0]}]
+    with pytest.raises(ValueError, match="`position` of entry 1 .*'leftof'.* must be one of 'left of', 'right of'"):
+        score_scene([RED_CIRCLE], include)
+
+
 def test_names_of_the_rewards():
     assert SceneReward(list).__name__ == "scene"
     assert SceneReward(list, strict=True).__name__ == "scene_strict"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow_trl.rewards import RemoteReward
+from flow_trl.rewards import RemoteReward, get_reward_func
 from flow_trl.rewards.jpeg import jpeg_compressibility
 from flow_trl.utils import MissingExtraError
 
@@ -337,32 +337,31 @@ def test_request_whose_client_left_while_it_waited_is_not_scored(judge):
     assert time.monotonic() - started < 30
 
 
+@pytest.fixture
+def importable(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    yield
+    sys.modules.pop("my_rewards", None)
+
+
 @pytest.mark.parametrize(
     "reward", ["my_rewards:give_prompt", "my_rewards.give_prompt", "flow_trl.rewards.jpeg:jpeg_compressibility"]
 )
-def test_reward_by_its_path(folder, monkeypatch, reward):
-    from flow_trl.rewards.serve import load_reward
-
-    monkeypatch.syspath_prepend(folder)
-    assert load_reward(reward).__name__ == reward.replace(":", ".").split(".")[-1]
+def test_reward_by_its_path(importable, reward):
+    assert get_reward_func(reward).__name__ == reward.replace(":", ".").split(".")[-1]
 
 
 @pytest.mark.parametrize(
-    "reward", ["jpg", "no_such_module:reward", "json:no_such_name", "./my_rewards.py:give_prompt", ""]
+    "reward", ["no_such_module:reward", "json:no_such_name", "./my_rewards.py:give_prompt", ":", ".darkness"]
 )
 def test_reward_that_does_not_exist(reward):
-    from flow_trl.rewards.serve import load_reward
-
-    with pytest.raises(ValueError, match=f"`reward` is {re.escape(repr(reward))}.*jpeg_compressibility"):
-        load_reward(reward)
+    with pytest.raises(ValueError, match=f"`reward` is {re.escape(repr(reward))}, which cannot be imported"):
+        get_reward_func(reward)
 
 
-def test_reward_that_cannot_be_called(folder, monkeypatch):
-    from flow_trl.rewards.serve import load_reward
-
-    monkeypatch.syspath_prepend(folder)
-    with pytest.raises(TypeError, match="`reward` must be .* 3, a int"):
-        load_reward("my_rewards:not_callable")
+def test_reward_that_cannot_be_called(importable):
+    with pytest.raises(ValueError, match="`reward` is 'my_rewards:not_callable', a int: it must be a function"):
+        get_reward_func("my_rewards:not_callable")
 
 
 def test_server_starts_without_torch(folder):
