@@ -5,8 +5,9 @@ from typing import Any
 
 from PIL import Image
 
+from . import load_prompts
 from .detector import detect_shapes
-from .scenes import COLORS, load_prompts, render_scene
+from .scenes import COLORS, render_scene
 
 
 Box = tuple[float, float, float, float]
