@@ -167,25 +167,7 @@ def _test_problems() -> dict[tuple, tuple[str, int]]:
 
 
 def draw_train_problem(difficulty: int, rng: random.Random) -> str:
-    """
-    Draws an arithmetic problem that is not in the test split, in whatever order its numbers stand.
-
-    Args:
-        difficulty (`int`):
-            As in [`draw_problem`].
-        rng (`random.Random`):
-            Where the numbers come from.
-
-    Returns:
-        `str`: a problem.
-
-    Example:
-
-    ```python
-    >>> draw_train_problem(4, random.Random(0))
-    '60*16=?'
-    ```
-    """
+    """As [`draw_problem`], but never a problem of the test split, in whatever order its numbers stand."""
     while _content(problem := draw_problem(difficulty, rng)) in _test_problems():
         pass
     return problem

@@ -11,15 +11,7 @@ from ..rewards.text import completion_text
 
 class Watch:
     """
-    Warns, once each, if a run learns nothing or unlearns.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of the blocks.
-        warn (`Callable[[str], None]`):
-            Called with each warning.
-        window (`int`, *optional*, defaults to `10`):
-            Number of generations whose mean is looked at.
+    Warns, once each, if a run learns nothing or unlearns, by means over `window` generations.
 
     Example:
 
@@ -38,15 +30,8 @@ class Watch:
 
     def update(self, found: Sequence[float], learning: float, reward: float) -> None:
         """
-        Takes in a generation.
-
-        Args:
-            found (`Sequence[float]`):
-                Share of completions that have each block.
-            learning (`float`):
-                Share of completions that have any advantage.
-            reward (`float`):
-                Mean reward of the first block.
+        Takes in a generation: shares of completions that have each block, and that have any advantage, and the mean reward
+        of the first block.
         """
         for name, share in zip(self.names, found, strict=True):
             mean = self._mean(f"found {name}", share)
@@ -109,16 +94,8 @@ def print_completions(
 ) -> None:
     """
     Prints completions as a table that fits the terminal, called like TRL's `print_prompt_completions_sample`: the prompt
-    and each block are a column, and below each text stand its reward and advantage. What else was logged is in the file of
-    completions.
-
-    Args:
-        prompts, completions, rewards, advantages, step, num_samples, extra:
-            As TRL passes them. Of `extra`, each block's `text`, `reward` and `advantage` are used.
-        blocks (`dict[str, float]`):
-            Names of the blocks, and what each counts where it is missing.
-        width (`int`, *optional*):
-            Width in characters; by default the terminal's.
+    and each block (in `blocks`, with what it counts where it is missing) are a column, and below each text stand its reward
+    and advantage, of `extra`. What else was logged is in the file of completions.
     """
     from rich.console import Console  # TRL asks whether it is there
     from rich.table import Table

@@ -58,11 +58,8 @@ class DDPOTrainer(DiffusionTrainer):
     _name = "DDPO"
     _paper = {"title": "Training Diffusion Models with Reinforcement Learning", "id": "2305.13301"}
     _card_arguments = DiffusionTrainer._card_arguments + [
-        "eta",
-        "train_timestep_fraction",
-        "per_prompt_stat_tracking_buffer_size",
-        "per_prompt_stat_tracking_min_count",
-    ]
+        "eta", "train_timestep_fraction", "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"
+    ]  # fmt: skip
 
     _config_class = DDPOConfig
     _kl_in_loss = False

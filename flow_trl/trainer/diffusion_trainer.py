@@ -96,20 +96,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
             reward_retries=args.reward_retries,
             reward_on_error=args.reward_on_error,
         )
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        sets = {"train_dataset": train_dataset}
-        sets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in evaluated.items()}
-        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
-        for name, dataset in sets.items():
-            self._check_dataset(name, dataset)
-        prompts, needed = len(train_dataset or []), args.generation_batch_size // args.num_generations
-        if train_dataset is not None and prompts < needed:
-            raise ValueError(
-                f"`train_dataset` has {prompts} prompts, but a generation needs {needed} = "
-                f"`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`: "
-                "make the generation smaller or add prompts."
-            )
-        self._generations_per_epoch = prompts // needed
+        sets = self._check_sets(args, train_dataset, eval_dataset)
+        self._generations_per_epoch = len(train_dataset or []) // (args.generation_batch_size // args.num_generations)
 
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
@@ -183,6 +171,28 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         self._completions: tuple[list, dict[str, list], list[int], list[float]] | None = None
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
+
+    def _check_sets(
+        self,
+        args: DiffusionConfig,
+        train_dataset: datasets.Dataset | None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None,
+    ) -> dict[str, datasets.Dataset]:
+        """The data sets by the names that errors give them."""
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        sets = {"train_dataset": train_dataset}
+        sets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in evaluated.items()}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        for name, dataset in sets.items():
+            self._check_dataset(name, dataset)
+        needed = args.generation_batch_size // args.num_generations
+        if train_dataset is not None and len(train_dataset) < needed:
+            raise ValueError(
+                f"`train_dataset` has {len(train_dataset)} prompts, but a generation needs {needed} = "
+                f"`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`: "
+                "make the generation smaller or add prompts."
+            )
+        return sets
 
     def _check_dataset(self, name: str, dataset: Any) -> None:
         check_prompts(name, dataset)

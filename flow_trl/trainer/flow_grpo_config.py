@@ -83,13 +83,11 @@ class FlowGRPOConfig(DiffusionConfig):
             self.multi_objective_aggregation == "sum_then_normalize" or self.scale_rewards != "none",
             "it normalises each reward by `scale_rewards`, which is 'none': choose 'group', 'trajectory' or 'batch'",
         )
-        if self.sde_window_range is not None:
-            in_range = (
-                len(self.sde_window_range) == 2 and 0 <= self.sde_window_range[0] < self.sde_window_range[1] <= last
-            )
+        bounds = self.sde_window_range
+        if bounds is not None:
             self._check(
                 "sde_window_range",
-                in_range,
+                len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= last,
                 f"it must be [first, last] with 0 <= first < last <= {last} = `num_inference_steps` - 1 (the last step "
                 "is never stochastic)",
             )
@@ -97,7 +95,7 @@ class FlowGRPOConfig(DiffusionConfig):
                 "sde_window_range", self.sde_window_size is not None, "it has a meaning only with `sde_window_size`"
             )
         if self.sde_window_size is not None:
-            first, last = self.sde_window_range or (0, last)
+            first, last = bounds or (0, last)
             self._check(
                 "sde_window_size",
                 1 <= self.sde_window_size <= last - first,
