@@ -287,7 +287,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         self._record(
             {
                 "reward": rewards[:, -1].mean().item(),
-                "reward_std": groups.std(dim=1).mean().item(),
+                "reward_std": groups.std(dim=1, correction=min(1, args.num_generations - 1)).mean().item(),
                 "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
                 "nfe": nfe,
                 "reward_calls": calls,
