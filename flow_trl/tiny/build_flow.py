@@ -137,22 +137,18 @@ def _evaluate_parts(pipe: StableDiffusion3Pipeline) -> dict[str, float]:
     rows, words = load_prompts("scenes", "test").to_dict(), load_prompts("words", "test")["text"][:200]
     include, exclude = ((rows[column] * 2)[:1000] for column in ("include", "exclude"))
     scenes = [render_scene(row, seed=10**6 + i) for i, row in enumerate(include)]
-    right = scene_reward(strict=True)(images=scenes, include=include, exclude=exclude)
-    figures = {"detector accuracy on ground truth": float(np.mean(right))}
+    strict, ocr, decoded = scene_reward(strict=True), OCRReward(), {}
+    figures = {"detector accuracy on ground truth": np.mean(strict(images=scenes, include=include, exclude=exclude))}
     texts = [render_word(word, seed=10**6 + i) for i, word in enumerate(words)]
     for name, images in (("scenes", scenes[:200]), ("words", texts)):
         x = to_tensor(images).to(pipe.device)
         y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
         figures[f"squared error of the autoencoder, {name} in [-1, 1]"] = F.mse_loss(y, x).item()
-        decoded = pipe.image_processor.postprocess(y)
-        if name == "words":
-            ocr = OCRReward()
-            figures["OCR score of ground truth"] = float(np.mean(ocr(images=texts, text=words, prompts=words)))
-            figures["OCR score after the autoencoder"] = float(np.mean(ocr(images=decoded, text=words, prompts=words)))
-        else:
-            figures["strict accuracy after the autoencoder"] = float(
-                np.mean(scene_reward(strict=True)(images=decoded, include=include[:200], exclude=exclude[:200]))
-            )
+        decoded[name] = pipe.image_processor.postprocess(y)
+    right = strict(images=decoded["scenes"], include=include[:200], exclude=exclude[:200])
+    figures["strict accuracy after the autoencoder"] = np.mean(right)
+    figures["OCR score of ground truth"] = np.mean(ocr(images=texts, text=words, prompts=words))
+    figures["OCR score after the autoencoder"] = np.mean(ocr(images=decoded["words"], text=words, prompts=words))
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         figures[f"parameters of {name}"] = getattr(pipe, name).num_parameters()
     return figures

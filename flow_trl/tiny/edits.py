@@ -41,8 +41,9 @@ def load_edits(split: str = "train", variants: int = 8):
 
     rng, rows = random.Random(0), []
     scenes = load_prompts("scenes", split)
-    for row in scenes.filter(lambda tag, include: tag == "color_attr" and all(e["color"] for e in include),
-                             input_columns=["tag", "include"]):  # fmt: skip
+    for row in scenes:
+        if row["tag"] != "color_attr" or not all(entry["color"] for entry in row["include"]):
+            continue
         for variant in range(variants):
             before = [dict(entry) for entry in row["include"]]
             changed = before[variant % 2]

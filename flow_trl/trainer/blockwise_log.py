@@ -1,5 +1,6 @@
 """What [`BlockwiseGRPOTrainer`] says while it trains: warnings with a remedy, and the table of completions."""
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ class Watch:
     def _mean(self, key: str, value: float) -> float | None:
         """Mean over the window, once that is full."""
         values = self.values.setdefault(key, deque(maxlen=self.window))
-        if value == value:  # not NaN
+        if not math.isnan(value):
             values.append(value)
         return fmean(values) if len(values) == self.window else None
 
@@ -118,7 +119,7 @@ def print_completions(
         )
         texts = [prompt, *((extra[f"{name}/text"][i] or "(missing)") for name in blocks)]
         own = [extra[f"{name}/reward"][i] for name in blocks]
-        own = [blocks[name] if reward != reward else reward for name, reward in zip(blocks, own, strict=True)]
+        own = [blocks[name] if math.isnan(reward) else reward for name, reward in zip(blocks, own, strict=True)]
         numbers = [(sum(own), advantages[i])]
         numbers += [(reward, extra[f"{name}/advantage"][i]) for name, reward in zip(blocks, own, strict=True)]
         table.add_row(*(Text(_shorten(text, longest)) for text in texts))

@@ -358,11 +358,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         position = self.state.global_step % self._updates_per_generation
         if self.args.check_pipeline and not self._is_checked:
-            examples = self.train_dataset.select_columns(["prompt", *self._sampler.columns])[:16]
-            steps, prompts = min(3, self.args.num_inference_steps), examples.pop("prompt")
-            deviation = self.policy.check(prompts, steps, self._ode_step, **examples)
-            self._record({"check_pipeline/max_deviation": deviation})
-            self._is_checked = True
+            self._compare_with_pipeline()
         if position == 0:
             self._generate(self.state.global_step)
         elif self._generation is None:
@@ -372,6 +368,13 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         for denoiser in self.policy.denoisers.values():
             denoiser.training = False  # the output of HiDream's has another shape in training; its experts must train
         return self._micro_batches(position), None
+
+    def _compare_with_pipeline(self) -> None:
+        examples = self.train_dataset.select_columns(["prompt", *self._sampler.columns])[:16]
+        steps, prompts = min(3, self.args.num_inference_steps), examples.pop("prompt")
+        deviation = self.policy.check(prompts, steps, self._ode_step, **examples)
+        self._record({"check_pipeline/max_deviation": deviation})
+        self._is_checked = True
 
     def _micro_batches(self, position: int) -> list[dict[str, Any]]:
         """The micro-batches of an update, by its number in the generation."""
