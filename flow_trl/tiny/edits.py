@@ -13,18 +13,16 @@ from .scenes import COLORS, render_scene
 Box = tuple[float, float, float, float]
 
 
-def load_edits(split: str = "train", variants: int = 8):
+def load_edits(split: str = "train"):
     """
     Makes the rows of the editing task; the same ones every time.
 
     What is asked for are the scenes with two coloured shapes of [`load_prompts("scenes", split)`][`load_prompts`], so what is
-    held out is in no train row. Each comes with pictures in which one of the two has another colour.
+    held out is in no train row. Each comes with eight pictures in which one of the two has another colour.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`.
-        variants (`int`, *optional*, defaults to `8`):
-            Number of pictures for each scene.
 
     Returns:
         `datasets.Dataset`: in random order, with the columns `prompt` (what shall be seen), `image` (what is to be
@@ -44,7 +42,7 @@ def load_edits(split: str = "train", variants: int = 8):
     for row in scenes:
         if row["tag"] != "color_attr" or not all(entry["color"] for entry in row["include"]):
             continue
-        for variant in range(variants):
+        for variant in range(8):
             before = [dict(entry) for entry in row["include"]]
             changed = before[variant % 2]
             changed["color"] = rng.choice([color for color in COLORS if color != changed["color"]])

@@ -91,7 +91,6 @@ def print_completions(
     extra: dict[str, list[Any]] | None = None,
     *,
     blocks: dict[str, float],
-    width: int | None = None,
 ) -> None:
     """
     Prints completions as a table that fits the terminal, called like TRL's `print_prompt_completions_sample`: the prompt
@@ -108,7 +107,7 @@ def print_completions(
         shown = sorted(random.sample(shown, max(0, min(num_samples, len(prompts)))))
     if not shown:
         return
-    console = Console(width=width)
+    console = Console()
     longest = 2 * console.width
     table = Table(title=f"Step {step}", expand=True, show_lines=False)
     for name in ("prompt", *blocks):
