@@ -81,7 +81,7 @@ class DDPOTrainer(DiffusionTrainer):
                 "DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')`."
             )
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
         name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
         if "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(

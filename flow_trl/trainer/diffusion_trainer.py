@@ -104,7 +104,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
         load_whole()
         self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
-        self._check_pipeline(self.pipe)
+        self._prepare_pipeline(self.pipe)
         options = {
             "negative_prompt": args.negative_prompt,
             "offload_text_encoders": args.offload_text_encoders,
@@ -200,8 +200,8 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
 
     # What a subclass adds
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Raises if this method cannot train the pipeline."""
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
+        """Raises if this method cannot train the pipeline; may give it another scheduler."""
 
     @abstractmethod
     def _transition(

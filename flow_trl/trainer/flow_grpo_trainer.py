@@ -49,7 +49,7 @@ class FlowGRPOTrainer(DiffusionTrainer):
     _config_class = FlowGRPOConfig
     args: FlowGRPOConfig
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
         if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             shift = pipe.scheduler.config.get("flow_shift", 1.0)  # the name of it that is lost in `from_config`
             raise ValueError(
