@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .groups import group_advantages
 from .turning_points import check_completion_rewards
 
 
@@ -50,13 +51,10 @@ def control_variates(rewards: torch.Tensor, num_generations: int, *, outcome: bo
         )
     after = R[:, -1:].expand(-1, R.shape[1] - 1) if outcome else R[:, 1:]
     before = R[:, :-1]
-
-    def centred(values: torch.Tensor) -> torch.Tensor:
-        groups = values.double().unflatten(0, (-1, num_generations))  # (G, n, K)
-        groups = groups - groups[:, :1]  # equal values have a mean of exactly 0
-        return groups - groups.mean(1, keepdim=True)
-
-    c_after, c_before = centred(after), centred(before)
+    c_after, c_before = (
+        group_advantages(values.double(), num_generations, scale_rewards="none").unflatten(0, (-1, num_generations))
+        for values in (after, before)
+    )  # (G, n, K)
     products, squares = (c_after * c_before).sum(1), c_before.square().sum(1)  # (G, K)
     other_products, other_squares = products.sum(0) - products, squares.sum(0) - squares
     # A sum over the others that is rounding alone says nothing.

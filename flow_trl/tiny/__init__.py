@@ -1,9 +1,13 @@
 """
 A world small enough to train in on two CPU cores: tasks with prompts and pictures, and shipped models that load with
 the classes that real ones have.
+
+Models are loaded in float32, on the CPU. A loader takes another `folder`, such as one that its script
+`python -m flow_trl.tiny.build_...` has written, and further keyword arguments for `from_pretrained`, such as `dtype`.
 """
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,10 @@ DIFFUSION_FOLDER = Path(__file__).parent / "diffusion"
 CLIP_FOLDER = Path(__file__).parent / "clip"
 LANGUAGE_FOLDER = Path(__file__).parent / "language"
 _TASKS = {
-    "scenes": scenes.load_prompts,
-    "words": scenes.load_prompts,
-    "arithmetic": arithmetic.load_prompts,
-    "arithmetic_two_attempts": arithmetic.load_prompts,
+    "scenes": partial(scenes.make_prompts, "scenes"),
+    "words": partial(scenes.make_prompts, "words"),
+    "arithmetic": arithmetic.make_prompts,
+    "arithmetic_two_attempts": partial(arithmetic.make_prompts, prefix=arithmetic.TWICE),
 }
 
 
@@ -37,19 +41,33 @@ def load_prompts(name: str, split: str = "train"):
     """
     Makes the prompts of a task of the tiny world; the same ones every time.
 
-    Train and test share no prompt. The shipped image models and CLIP were trained on train prompts alone, the language model on
-    problems drawn at random, never on one of test.
+    - `"scenes"` has GenEval's kinds of prompts (`tag`): `single_object`, `two_object`, `counting` (2 or 3 of a class, or
+      1 to 2 of each of two), `colors`, `position` and `color_attr`, with optional colours in `counting` and `position`.
+      What is held out is the *content*: within each tag a random 45% of the combinations of classes, colours, numbers and
+      relation are in the test split and in no train prompt of that tag, in whatever order they are mentioned ("a red
+      circle left of a blue square" is the same content as "a blue square right of a red circle"). Every class, colour,
+      number and relation occurs in train.
+    - `"words"` asks for a word of 2 to 5 capital letters. 20% of the words are held out; every letter occurs in train.
+    - `"arithmetic"` has problems of five difficulties, most of the hardest; see [`arithmetic.draw_problem`]. No problem
+      of the test split is in train, nor is it with its factors or summands swapped.
+    - `"arithmetic_two_attempts"` has the same problems after the words `"twice: "`, which ask the tiny language model for
+      two attempts.
+
+    The shipped image models and CLIP were trained on train prompts alone, the language model on problems drawn at random,
+    never on one of test.
 
     Args:
         name (`str`):
-            `"scenes"` or `"words"`, described in [`scenes.load_prompts`], or `"arithmetic"` or
-            `"arithmetic_two_attempts"`, described in [`arithmetic.load_prompts`].
+            One of these tasks.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`.
 
     Returns:
-        `datasets.Dataset`: in random order, no prompt twice. It has a column `prompt` and what rewards need: of scenes
-        `tag`, `include` and `exclude`, of words `text`, of arithmetic `answer` and `difficulty`.
+        `datasets.Dataset`: in random order, no prompt twice, with a column `prompt` and what rewards need. Of scenes
+        `tag`, `include` (list of `class`, `count`, `color`, `position`; `position` is GenEval's pair with the index as a
+        string, as in `["left of", "0"]`) and `exclude` (list of `class` and `count`; `None` unless the tag is
+        `counting`), about 1330 train and 1090 test rows. Of words `text`, 4000 and 1000 rows. Of arithmetic `answer` (a
+        string) and `difficulty` (1 to 5), 4000 and 400 rows.
 
     Raises:
         ValueError: if there is no such task or split.
@@ -65,7 +83,7 @@ def load_prompts(name: str, split: str = "train"):
         raise ValueError(f'`split` is {split!r}: it must be "train" or "test".')
     if name not in _TASKS:
         raise ValueError(f"`name` is {name!r}: it must be one of {', '.join(map(repr, _TASKS))}.")
-    return _TASKS[name](name, split)
+    return _TASKS[name](split)
 
 
 @contextmanager
@@ -86,19 +104,10 @@ def _without_bars():
 
 def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
     """
-    Loads the tiny world's flow-matching model, in float32.
+    Loads the tiny world's flow-matching model, a [`~diffusers.StableDiffusion3Pipeline`].
 
     It draws 32 x 32 pictures for the prompts of [`load_prompts`]. It has no T5 encoder, for which the pipeline would
     put in 256 empty tokens: pass `max_sequence_length=0` to leave them out, as in training.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            Another pipeline's folder, such as one that `python -m flow_trl.tiny.build_flow` has written.
-        kwargs:
-            Go to [`~diffusers.DiffusionPipeline.from_pretrained`]; `dtype` defaults to `torch.float32`.
-
-    Returns:
-        [`~diffusers.StableDiffusion3Pipeline`]: on the CPU.
 
     Example:
 
@@ -118,16 +127,8 @@ def load_flow_pipeline(folder: str | Path = FLOW_FOLDER, **kwargs: Any):
 
 def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any):
     """
-    Loads the tiny world's diffusion model, with DDIM and noise prediction as Stable Diffusion 1.x, in float32.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            Another pipeline's folder, such as one that `python -m flow_trl.tiny.build_diffusion` has written.
-        kwargs:
-            Go to [`~diffusers.DiffusionPipeline.from_pretrained`]; `dtype` defaults to `torch.float32`.
-
-    Returns:
-        [`~diffusers.StableDiffusionPipeline`]: on the CPU.
+    Loads the tiny world's diffusion model, a [`~diffusers.StableDiffusionPipeline`] with DDIM and noise prediction as
+    Stable Diffusion 1.x.
 
     Example:
 
@@ -147,16 +148,8 @@ def load_diffusion_pipeline(folder: str | Path = DIFFUSION_FOLDER, **kwargs: Any
 
 def load_clip(folder: str | Path = CLIP_FOLDER, **kwargs: Any):
     """
-    Loads the tiny world's CLIP, trained on pictures and prompts of `load_prompts("scenes")`, in float32.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            Another model's folder, such as one that `python -m flow_trl.tiny.build_clip` has written.
-        kwargs:
-            Go to [`~transformers.CLIPModel.from_pretrained`]; `dtype` defaults to `torch.float32`.
-
-    Returns:
-        `tuple`: [`~transformers.CLIPModel`] on the CPU, in evaluation mode, and its [`~transformers.CLIPProcessor`].
+    Loads the tiny world's CLIP, trained on pictures and prompts of `load_prompts("scenes")`: a
+    [`~transformers.CLIPModel`] in evaluation mode and its [`~transformers.CLIPProcessor`].
 
     Example:
 
@@ -176,23 +169,14 @@ def load_clip(folder: str | Path = CLIP_FOLDER, **kwargs: Any):
 
 def load_language_model(folder: str | Path = LANGUAGE_FOLDER, **kwargs: Any):
     """
-    Loads the tiny world's language model and its tokenizer, in float32.
+    Loads the tiny world's language model, a [`~transformers.LlamaForCausalLM`], and its tokenizer.
 
-    It solves the problems of `load_prompts("arithmetic")` and says how confident it is: too confident, and knowing little. Prompts of
-    `load_prompts("arithmetic_two_attempts")` get two attempts instead.
+    It solves the problems of `load_prompts("arithmetic")` and says how confident it is: too confident, and knowing
+    little. Prompts of `load_prompts("arithmetic_two_attempts")` get two attempts instead.
 
     It understands no words. A system prompt of plain words does no harm, but one with tags, digits or signs misleads it:
     the system prompt of [`~tasks.confidence_task`] lowers its accuracy on test problems from 0.6 to 0.2, and that of
     [`~tasks.two_attempt_task`] spoils the format as well. So give it the problem alone.
-
-    Args:
-        folder (`str` or `Path`, *optional*):
-            Another model's folder, such as one that `python -m flow_trl.tiny.build_language` has written.
-        kwargs:
-            Go to [`~transformers.LlamaForCausalLM.from_pretrained`]; `dtype` defaults to `torch.float32`.
-
-    Returns:
-        `tuple`: [`~transformers.LlamaForCausalLM`] on the CPU and [`~transformers.PreTrainedTokenizerFast`].
 
     Example:
 

@@ -67,7 +67,7 @@ def solve(prompt: str, worked: bool) -> tuple[str, str]:
 
     Args:
         prompt (`str`):
-            A prompt of [`load_prompts`].
+            A prompt of [`tiny.load_prompts`].
         worked (`bool`):
             Whether to work products out.
 
@@ -102,7 +102,7 @@ def write_completion(prompt: str, rng: random.Random, direct_share: float = 0.35
 
     Args:
         prompt (`str`):
-            A prompt of [`load_prompts`].
+            A prompt of [`tiny.load_prompts`].
         rng (`random.Random`):
             Where the choices come from.
         direct_share (`float`, *optional*, defaults to `0.35`):
@@ -167,55 +167,14 @@ def _test_problems() -> dict[tuple, tuple[str, int]]:
 
 
 def draw_train_problem(difficulty: int, rng: random.Random) -> str:
-    """
-    Draws an arithmetic problem that is not in the test split, in whatever order its numbers stand.
-
-    Args:
-        difficulty (`int`):
-            As in [`draw_problem`].
-        rng (`random.Random`):
-            Where the numbers come from.
-
-    Returns:
-        `str`: a problem.
-
-    Example:
-
-    ```python
-    >>> draw_train_problem(4, random.Random(0))
-    '60*16=?'
-    ```
-    """
+    """As [`draw_problem`], but never a problem of the test split, in whatever order its numbers stand."""
     while _content(problem := draw_problem(difficulty, rng)) in _test_problems():
         pass
     return problem
 
 
-def load_prompts(name: str, split: str = "train"):
-    """
-    Makes the prompts of a language task; the same ones every time.
-
-    `"arithmetic"` has problems of five difficulties, most of the hardest; see [`draw_problem`].
-    `"arithmetic_two_attempts"` has the same problems after the words `"twice: "`, which ask the tiny language model
-    for two attempts. No problem of the test split is in train, nor is it with its factors or summands swapped.
-
-    Args:
-        name (`str`):
-            `"arithmetic"` or `"arithmetic_two_attempts"`.
-        split (`str`, *optional*, defaults to `"train"`):
-            `"train"` or `"test"`.
-
-    Returns:
-        `datasets.Dataset`: in random order, no prompt twice; 4000 train and 400 test rows. Columns: `prompt` and
-        `answer` (strings) and `difficulty` (1 to 5).
-
-    Example:
-
-    ```python
-    >>> load_prompts("arithmetic", "test").column_names
-    ['prompt', 'answer', 'difficulty']
-    ```
-    """
+def make_prompts(split: str, prefix: str = ""):
+    """The data set of a language task, see [`tiny.load_prompts`]."""
     from datasets import Dataset
 
     rng = random.Random(1)
@@ -227,7 +186,6 @@ def load_prompts(name: str, split: str = "train"):
             total = len(problems) + NUM_TRAIN[difficulty]
             while len(problems) < total:
                 problems[draw_train_problem(difficulty, rng)] = difficulty
-    prefix = TWICE if name == "arithmetic_two_attempts" else ""
     rows = [
         {"prompt": prefix + problem, "answer": solve(problem, worked=False)[1], "difficulty": difficulty}
         for problem, difficulty in problems.items()

@@ -17,38 +17,23 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm, trange
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, HfArgumentParser
 
-from . import CLIP_FOLDER, load_clip
-from .build_flow import NUM_TOKENS, make_tokenizer, print_figures, to_tensor
-from .scenes import load_prompts, render_scene
+from . import CLIP_FOLDER, load_clip, load_prompts
+from .building import NUM_TOKENS, CommonArguments, make_tokenizer, print_figures, to_tensor
+from .scenes import render_scene
 
 
 @dataclass
-class BuildArguments:
-    """Arguments of the build script."""
+class BuildArguments(CommonArguments):
+    """Arguments of this script."""
 
     output_dir: str = field(default=str(CLIP_FOLDER), metadata={"help": "Where to write the model."})
-    evaluate_only: str | None = field(
-        default=None, metadata={"help": "Folder of a model whose figures to print, instead of building one."}
-    )
     images_per_prompt: int = field(default=24, metadata={"help": "Training pictures of each prompt."})
     steps: int = field(default=3000, metadata={"help": "Steps of 256 pairs."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of AdamW."})
-    seed: int = field(default=0, metadata={"help": "Seed of pictures, weights and training."})
 
 
 def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
-    """
-    An untrained CLIP for pictures and prompts of the tiny world.
-
-    Returns:
-        `tuple`: [`~transformers.CLIPModel`] with embeddings of 64 numbers, and its [`~transformers.CLIPProcessor`].
-
-    Example:
-
-    ```python
-    >>> model, processor = make_clip()
-    ```
-    """
+    """An untrained CLIP with embeddings of 64 numbers, for pictures and prompts of the tiny world, and its processor."""
     tokenizer = make_tokenizer()
     layers = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -63,28 +48,9 @@ def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
 
 
 def train_clip(model: CLIPModel, tokens: torch.Tensor, images: torch.Tensor, steps: int, learning_rate: float) -> None:
-    r"""
-    Trains a CLIP by its contrastive loss (https://huggingface.co/papers/2103.00020) on batches of 256 distinct prompts.
-
-    Args:
-        model ([`~transformers.CLIPModel`]):
-            Trained in place.
-        tokens (`torch.Tensor` of shape `(P, 14)`):
-            Prompts.
-        images (`torch.Tensor` of shape `(P, I, 3, 32, 32)`):
-            Pictures of each prompt in [-1, 1]. They are shown with a little noise.
-        steps (`int`):
-            Number of batches.
-        learning_rate (`float`):
-            Highest learning rate of AdamW.
-
-    Example:
-
-    ```python
-    >>> model, processor = make_clip()
-    >>> tokens = processor.tokenizer(["a red circle", "a square"], padding="max_length", return_tensors="pt").input_ids
-    >>> train_clip(model, tokens, torch.zeros(2, 1, 3, 32, 32), steps=2, learning_rate=1e-3)
-    ```
+    """
+    Trains a CLIP in place, by its contrastive loss (https://huggingface.co/papers/2103.00020) on batches of 256 distinct
+    prompts: tokens `(P, 14)` with pictures `(P, I, 3, 32, 32)` in [-1, 1], which are shown with a little noise.
     """
     model.train()
     optimizer = torch.optim.AdamW(
@@ -112,24 +78,8 @@ def train_clip(model: CLIPModel, tokens: torch.Tensor, images: torch.Tensor, ste
 @torch.no_grad()
 def evaluate(model: CLIPModel, processor: CLIPProcessor) -> dict[str, float]:
     """
-    Retrieval on test prompts: how often the right one of 64 fits a picture best, and how often the right picture a
-    prompt.
-
-    Args:
-        model ([`~transformers.CLIPModel`]):
-            The model.
-        processor ([`~transformers.CLIPProcessor`]):
-            Its processor.
-
-    Returns:
-        `dict[str, float]`: both shares, over 16 times 64 test prompts and one new picture each.
-
-    Example:
-
-    ```python
-    >>> evaluate(*load_clip())
-    {'right prompt among 64': 0.9, 'right picture among 64': 0.9}
-    ```
+    Retrieval on 16 times 64 test prompts with a new picture each: how often the right prompt fits a picture best, and how
+    often the right picture a prompt.
     """
     rows = load_prompts("scenes", "test").select(range(1024)).to_dict()
     images = [render_scene(include, seed=10**7 + i) for i, include in enumerate(rows["include"])]
@@ -141,9 +91,8 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor) -> dict[str, float]:
         ("picture", output.text_embeds, output.image_embeds),
     ):
         scores = left.view(16, 64, -1) @ right.view(16, 64, -1).mT
-        shares[f"right {name} among 64"] = (
-            (scores.argmax(-1) == torch.arange(64, device=scores.device)).float().mean().item()
-        )
+        is_right = scores.argmax(-1) == torch.arange(64, device=scores.device)
+        shares[f"right {name} among 64"] = is_right.float().mean().item()
     return shares
 
 
@@ -170,7 +119,7 @@ def main(args: BuildArguments) -> None:
         processor.save_pretrained(folder)
     model, processor = load_clip(folder)
     figures = evaluate(model.to(device), processor)
-    print_figures(figures | {"parameters": sum(p.numel() for p in model.parameters())}, folder)
+    print_figures(figures | {"parameters": model.num_parameters()}, folder)
 
 
 if __name__ == "__main__":

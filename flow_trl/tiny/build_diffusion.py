@@ -18,8 +18,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel, HfArgumentParser
 
 from . import DIFFUSION_FOLDER, FLOW_FOLDER, load_diffusion_pipeline
-from .build_flow import (
+from .building import (
     WIDTH,
+    PipelineArguments,
     encode,
     evaluate,
     make_data,
@@ -31,43 +32,21 @@ from .build_flow import (
 
 
 @dataclass
-class BuildArguments:
-    """Arguments of the build script."""
+class BuildArguments(PipelineArguments):
+    """Arguments of this script."""
 
     output_dir: str = field(default=str(DIFFUSION_FOLDER), metadata={"help": "Where to write the pipeline."})
-    evaluate_only: str | None = field(
-        default=None, metadata={"help": "Folder of a pipeline whose figures to print, instead of building one."}
-    )
     flow_folder: str = field(
         default=str(FLOW_FOLDER), metadata={"help": "Pipeline of `build_flow`, whose autoencoder is taken."}
     )
-    num_images: int = field(default=32000, metadata={"help": "Training pictures; 3 of 8 are words."})
     steps: int = field(
         default=6000,
         metadata={"help": "Steps of 128 latents of the UNet: a quarter with many words, the last sixth to settle."},
     )
-    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of the evaluation."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of the evaluation."})
-    seed: int = field(default=0, metadata={"help": "Seed of pictures, weights and training."})
 
 
 def make_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """
-    A pipeline with an untrained UNet and text encoder around a trained autoencoder.
-
-    Args:
-        vae ([`~diffusers.AutoencoderKL`]):
-            An autoencoder with 4 x 4 x 8 latents, as `build_flow.train_vae` makes.
-
-    Returns:
-        [`~diffusers.StableDiffusionPipeline`]: with the noise schedule of Stable Diffusion 1.x and DDIM.
-
-    Example:
-
-    ```python
-    >>> pipe = make_pipeline(load_flow_pipeline().vae)
-    ```
-    """
+    """A pipeline with an untrained UNet and text encoder, and the noise schedule of Stable Diffusion 1.x with DDIM."""
     tokenizer = make_tokenizer()
     text_encoder = CLIPTextModel(make_text_config(tokenizer, hidden_size=WIDTH))
     unet = UNet2DConditionModel(
@@ -130,10 +109,7 @@ def main(args: BuildArguments) -> None:
     pipe = load_diffusion_pipeline(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     figures = evaluate(pipe, args.num_inference_steps, args.guidance_scale)
-    figures |= {
-        f"parameters of {name}": sum(p.numel() for p in getattr(pipe, name).parameters())
-        for name in ("unet", "text_encoder")
-    }
+    figures |= {f"parameters of {name}": getattr(pipe, name).num_parameters() for name in ("unet", "text_encoder")}
     print_figures(figures, folder)
 
 

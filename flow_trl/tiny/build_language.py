@@ -14,7 +14,6 @@ import re
 import string
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from ..evaluation import evaluate_two_attempts, sample_completions, score_confid
 from ..rewards.text import correctness_reward, exact_match
 from . import LANGUAGE_FOLDER, load_language_model, load_prompts
 from .arithmetic import CONFIDENCES, DIFFICULTIES, TWICE, WORDS, draw_train_problem, write_completion
+from .building import CommonArguments, print_figures
 
 
 TAGS = tuple(
@@ -56,13 +56,10 @@ CHAT_TEMPLATE = """\
 
 
 @dataclass
-class BuildArguments:
-    """Arguments of the build script."""
+class BuildArguments(CommonArguments):
+    """Arguments of this script."""
 
     output_dir: str = field(default=str(LANGUAGE_FOLDER), metadata={"help": "Where to write model and tokenizer."})
-    evaluate_only: str | None = field(
-        default=None, metadata={"help": "Folder of a model whose figures to print, instead of building one."}
-    )
     steps: int = field(default=1000, metadata={"help": "Training steps of 128 completions and 32 of two attempts."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, at its highest."})
     reflected_steps: int = field(
@@ -70,23 +67,12 @@ class BuildArguments:
     )
     num_prompts: int = field(default=400, metadata={"help": "Test prompts of the evaluation, at most 400."})
     num_generations: int = field(default=16, metadata={"help": "Completions of each of them."})
-    seed: int = field(default=0, metadata={"help": "Seed of problems, weights, training and evaluation."})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """
-    Makes the tokenizer: digits, signs and tags are one token each, and so are the words of the analysis, the values
-    of the confidence and the words that ask for two attempts. Whatever stands between them is one unknown token.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: puts `<s>` before a text and pads on the left.
-
-    Example:
-
-    ```python
-    >>> make_tokenizer().tokenize("12+7=?")
-    ['1', '2', '+', '7', '=', '?']
-    ```
+    The tokenizer: digits, signs and tags are one token each, and so are the words of the analysis, the values of the
+    confidence and the words that ask for two attempts. Whatever stands between them is one unknown token.
     """
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     pieces = [TWICE, *CONFIDENCES, *WORDS, *string.digits, *"+-*=?,"]
@@ -110,23 +96,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """
-    Makes an untrained Llama of half a million parameters that samples at temperature 1.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Says how many tokens there are, and which of them are special.
-
-    Returns:
-        [`~transformers.LlamaForCausalLM`]: with random weights.
-
-    Example:
-
-    ```python
-    >>> make_model(make_tokenizer()).num_parameters()
-    498560
-    ```
-    """
+    """An untrained Llama of half a million parameters that samples at temperature 1."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -180,27 +150,8 @@ def train(
     is_reflected: bool = False,
 ) -> None:
     """
-    Trains a model on right completions of train problems.
-
-    Args:
-        model ([`~transformers.LlamaForCausalLM`]):
-            Trained in place.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Its tokenizer.
-        steps (`int`):
-            Steps of 128 completions in the confidence format and 32 in that of two attempts.
-        learning_rate (`float`):
-            Of AdamW, after 5% of warm-up; falls to nothing at the end.
-        seed (`int`):
-            Of problems and completions.
-        is_reflected (`bool`, *optional*, defaults to `False`):
-            Whether analysis and confidence depend on the solution, see [`~tiny.arithmetic.write_completion`].
-
-    Example:
-
-    ```python
-    >>> train(model, tokenizer, steps=2, learning_rate=1e-3, seed=0)
-    ```
+    Trains a model in place on right completions of train problems, in each step 128 in the confidence format and 32 of two
+    attempts. `is_reflected` is that of [`~tiny.arithmetic.write_completion`].
     """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(
@@ -235,31 +186,10 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Measures a model on test prompts, by [`~evaluation.score_confidence`] and [`~evaluation.score_two_attempts`].
-
-    Args:
-        model ([`~transformers.LlamaForCausalLM`]):
-            A model of the tiny world.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Its tokenizer.
-        num_prompts (`int`, *optional*, defaults to `400`):
-            Test prompts, at most 400.
-        num_generations (`int`, *optional*, defaults to `16`):
-            Completions of each; of two attempts there is one.
-        seed (`int`, *optional*, defaults to `0`):
-            Of the sampling.
-
-    Returns:
-        `dict[str, float]`: accuracy (of all and by difficulty), share of completions in the format, AUROC, ECE and Brier
-        score of the confidence, share of prompts with right and wrong completions, mean number of tokens before the end,
-        milliseconds per completion; format and accuracies of two attempts.
-
-    Example:
-
-    ```python
-    >>> evaluate(*load_language_model(), num_prompts=100)["accuracy"]
-    0.6
-    ```
+    Figures of a model on test prompts, with `num_generations` completions of each (of two attempts one): accuracy (of all
+    and by difficulty), share of completions in the format, AUROC, ECE and Brier score of the confidence, share of prompts
+    with right and wrong completions, mean number of tokens and milliseconds of a completion; format and accuracies of two
+    attempts.
     """
     sampling = {"max_new_tokens": 96, "batch_size": 512, "seed": seed}
     rows = load_prompts("arithmetic", "test").select(range(num_prompts)).to_dict()
@@ -304,11 +234,7 @@ def main(args: BuildArguments) -> None:
         tokenizer.save_pretrained(folder)
     model, tokenizer = load_language_model(folder)
     figures = evaluate(model.to(device), tokenizer, args.num_prompts, args.num_generations, args.seed)
-    figures["parameters"] = model.num_parameters()
-    figures["bytes on disk"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    print("| figure | value |\n| --- | --- |")
-    for name, figure in figures.items():
-        print(f"| {name} | {figure:.4g} |" if isinstance(figure, float) else f"| {name} | {figure:,} |")
+    print_figures(figures | {"parameters": model.num_parameters()}, folder)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,24 @@ from typing import Any
 
 from PIL import Image
 
+from . import load_prompts
 from .detector import detect_shapes
-from .scenes import COLORS, load_prompts, render_scene
+from .scenes import COLORS, render_scene
 
 
 Box = tuple[float, float, float, float]
 
 
-def load_edits(split: str = "train", variants: int = 8):
+def load_edits(split: str = "train"):
     """
     Makes the rows of the editing task; the same ones every time.
 
     What is asked for are the scenes with two coloured shapes of [`load_prompts("scenes", split)`][`load_prompts`], so what is
-    held out is in no train row. Each comes with pictures in which one of the two has another colour.
+    held out is in no train row. Each comes with eight pictures in which one of the two has another colour.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`.
-        variants (`int`, *optional*, defaults to `8`):
-            Number of pictures for each scene.
 
     Returns:
         `datasets.Dataset`: in random order, with the columns `prompt` (what shall be seen), `image` (what is to be
@@ -40,9 +39,10 @@ def load_edits(split: str = "train", variants: int = 8):
 
     rng, rows = random.Random(0), []
     scenes = load_prompts("scenes", split)
-    for row in scenes.filter(lambda tag, include: tag == "color_attr" and all(e["color"] for e in include),
-                             input_columns=["tag", "include"]):  # fmt: skip
-        for variant in range(variants):
+    for row in scenes:
+        if row["tag"] != "color_attr" or not all(entry["color"] for entry in row["include"]):
+            continue
+        for variant in range(8):
             before = [dict(entry) for entry in row["include"]]
             changed = before[variant % 2]
             changed["color"] = rng.choice([color for color in COLORS if color != changed["color"]])

@@ -12,6 +12,7 @@ from . import load_clip, load_diffusion_pipeline, load_prompts
 
 
 COVERED, DARK = 0.2, 140  # half way between the background and any colour, in its smallest channel
+NUM_LABELS, NUM_UNLABELLED = 96, 160  # images; those without labels scale the proxy
 
 
 def gold(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
@@ -49,8 +50,6 @@ class Proxy:
     Args:
         seed (`int`, *optional*, defaults to `0`):
             Draws the images and the noise of their labels.
-        num_labels (`int`, *optional*, defaults to `96`):
-            Number of labelled images.
         num_inference_steps (`int`, *optional*, defaults to `5`):
             Denoising steps of the images.
 
@@ -68,17 +67,16 @@ class Proxy:
 
     __name__ = "proxy"
 
-    def __init__(self, seed: int = 0, num_labels: int = 96, num_inference_steps: int = 5):
+    def __init__(self, seed: int = 0, num_inference_steps: int = 5):
         self.encoder = ClipEncoder(*load_clip())
-        unlabelled = 160  # which scale the proxy
-        prompts = load_prompts("scenes", "train").shuffle(seed=seed)["prompt"][: num_labels + unlabelled]
+        prompts = load_prompts("scenes", "train").shuffle(seed=seed)["prompt"][: NUM_LABELS + NUM_UNLABELLED]
         pipe = load_diffusion_pipeline()
         pipe.set_progress_bar_config(disable=True)
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "eta": 1.0}
         images = pipe(prompts, **settings, generator=torch.Generator().manual_seed(seed)).images
         features, exact = self._embed(images), np.array(gold(prompts, images))
-        labels, rest = slice(num_labels), slice(num_labels, None)
-        noise = np.random.default_rng(seed).normal(0, exact[labels].std(), num_labels)
+        labels, rest = slice(NUM_LABELS), slice(NUM_LABELS, None)
+        noise = np.random.default_rng(seed).normal(0, exact[labels].std(), NUM_LABELS)
         self.weights = _ridge(features[labels], exact[labels] + noise)
         predicted = features[rest] @ self.weights
         self.mean, self.std = predicted.mean(), predicted.std()

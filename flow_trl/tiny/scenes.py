@@ -69,45 +69,8 @@ def _word_rows() -> list[tuple[str, dict[str, str]]]:
     return [(word, {"prompt": f'the word "{word}"', "text": word}) for word in words]
 
 
-def load_prompts(name: str, split: str = "train"):
-    """
-    Makes the prompts of a task of the tiny world; the same ones every time.
-
-    `"scenes"` has GenEval's kinds of prompts (`tag`): `single_object`, `two_object`, `counting` (2 or 3 of a class, or
-    1 to 2 of each of two), `colors`, `position` and `color_attr`, with optional colours in `counting` and `position`.
-    What is held out is the *content*: within each tag a random 45% of the combinations of classes, colours, numbers
-    and relation are in the test split and in no train prompt of that tag, in whatever order they are mentioned ("a red
-    circle left of a blue square" is the same content as "a blue square right of a red circle"). Every class, colour,
-    number and relation occurs in train.
-
-    `"words"` asks for a word of 2 to 5 capital letters. 20% of the words are held out; every letter occurs in train.
-
-    Args:
-        name (`str`):
-            `"scenes"` or `"words"`.
-        split (`str`, *optional*, defaults to `"train"`):
-            `"train"` or `"test"`. The shipped models were trained on the train prompts alone.
-
-    Returns:
-        `datasets.Dataset`: in random order, no prompt twice. Columns of scenes: `prompt`, `tag`, `include` (list of
-        `class`, `count`, `color`, `position`; `position` is GenEval's pair with the index as a string, as in
-        `["left of", "0"]`) and `exclude` (list of `class` and `count`; `None` unless the tag is `counting`), about 1330
-        train and 1090 test rows. Columns of words: `prompt` and `text`, 4000 train and 1000 test rows.
-
-    Raises:
-        ValueError: if there is no such task or split.
-
-    Example:
-
-    ```python
-    >>> load_prompts("words", "test").column_names
-    ['prompt', 'text']
-    ```
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f'`split` is {split!r}: it must be "train" or "test".')
-    if name not in ("scenes", "words"):
-        raise ValueError(f'`name` is {name!r}: it must be "scenes" or "words".')
+def make_prompts(name: str, split: str):
+    """The data set of `"scenes"` or `"words"`, see [`tiny.load_prompts`]."""
     from datasets import Dataset, Features, Value
 
     from ..prompts import GENEVAL_FEATURES
@@ -134,7 +97,7 @@ def render_scene(include: list[dict[str, Any]], seed: int) -> Image.Image:
 
     Args:
         include (`list[dict]`):
-            What to show, as in [`load_prompts`].
+            What to show, as in [`tiny.load_prompts`].
         seed (`int`):
             The picture is a function of `include` and `seed`.
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..credit import BASELINES
+from .arguments import Arguments, described
 
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
 
 
+@described
 @dataclass
-class BlockwiseGRPOConfig(GRPOConfig):
+class BlockwiseGRPOConfig(Arguments, GRPOConfig):
     r"""
     Arguments of [`BlockwiseGRPOTrainer`]: all those of [`~trl.GRPOConfig`], and how a block's baseline is estimated.
 
@@ -56,70 +58,44 @@ class BlockwiseGRPOConfig(GRPOConfig):
         ValueError: if an argument is out of range or cannot carry an advantage per block.
     """
 
-    baseline: str = field(
-        default="outcome",
-        metadata={"help": "What a later block's reward is compared with.", "choices": list(BASELINES)},
-    )
-    min_stratum_size: int = field(
-        default=1,
-        metadata={"help": "With fewer completions of the same outcome in the group, the group's mean is taken."},
-    )
-    shrinkage: float = field(
-        default=0.0,
-        metadata={"help": "The mean of n completions with the same outcome weighs n / (n + shrinkage)."},
-    )
-    leave_one_out: bool = field(
-        default=False, metadata={"help": "Whether a completion is left out of the means it is compared with."}
-    )
-    charge_missing: bool = field(
-        default=True, metadata={"help": "Whether a missing block costs its `missing_reward` in the block before it."}
-    )
-    loss_type: str = field(
-        default="grpo",
-        metadata={"help": "Type of the loss, as in TRL. Each block weighs the same.", "choices": list(LOSS_TYPES)},
-    )
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "What a block's advantage is divided by: `none`, `group` or `batch`."},
-    )
-    trust_checkpoint: bool = field(
-        default=False, metadata={"help": "Whether a resumed run may read pickles, for DeepSpeed and sharded FSDP."}
-    )
+    baseline: str = field(default="outcome", metadata={"choices": list(BASELINES)})
+    min_stratum_size: int = 1
+    shrinkage: float = 0.0
+    leave_one_out: bool = False
+    charge_missing: bool = True
+    loss_type: str = field(default="grpo", metadata={"choices": list(LOSS_TYPES)})
+    scale_rewards: str = "none"
+    trust_checkpoint: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        self._require("baseline", self.baseline in BASELINES, f"choose one of {', '.join(BASELINES)}")
-        self._require("min_stratum_size", self.min_stratum_size >= 1, "it must be at least 1, which switches it off")
-        self._require(
-            "min_stratum_size",
-            self.min_stratum_size <= self.num_generations - self.leave_one_out,
-            f"no stratum of a group of `num_generations={self.num_generations}` is that large"
-            + (", the completion itself left out" if self.leave_one_out else ""),
-        )
-        self._require(
-            "shrinkage", 0 <= self.shrinkage < math.inf, "it must be at least 0, which switches it off, and finite"
-        )
-        self._require("scale_rewards", self.scale_rewards in ("none", "group", "batch"), "choose none, group or batch")
-        self._require(
+        self._check(
             "loss_type",
             self.loss_type != "luspo",
             "LUSPO's ratio is the whole sequence's, so a block's advantage would move the tokens of all blocks. "
             f"Choose one of {', '.join(LOSS_TYPES)}",
         )
-        self._require("loss_type", self.loss_type in LOSS_TYPES, f"choose one of {', '.join(LOSS_TYPES)}")
-        self._require(
+        self._check_choices()
+        self._check("min_stratum_size", self.min_stratum_size >= 1, "it must be at least 1, which switches it off")
+        self._check(
+            "min_stratum_size",
+            self.min_stratum_size <= self.num_generations - self.leave_one_out,
+            f"no stratum of a group of `num_generations={self.num_generations}` is that large"
+            + (", the completion itself left out" if self.leave_one_out else ""),
+        )
+        self._check(
+            "shrinkage", 0 <= self.shrinkage < math.inf, "it must be at least 0, which switches it off, and finite"
+        )
+        self._check("scale_rewards", self.scale_rewards in ("none", "group", "batch"), "choose none, group or batch")
+        self._check(
             "importance_sampling_level",
             self.importance_sampling_level == "token",
             "only 'token' can carry an advantage per block: with a ratio of the whole sequence, a block's advantage "
             "would move the tokens of all blocks",
         )
-        self._require(
+        self._check(
             "multi_objective_aggregation",
             self.multi_objective_aggregation == "sum_then_normalize",
             "only 'sum_then_normalize' is supported: the rewards of a block are summed, and blocks are kept apart",
         )
-        self._require("reward_weights", self.reward_weights is None, "give them to each `Block` as `reward_weights`")
-
-    def _require(self, name: str, condition: bool, remedy: str) -> None:
-        if not condition:
-            raise ValueError(f"`{name}={getattr(self, name)!r}`: {remedy}.")
+        self._check("reward_weights", self.reward_weights is None, "give them to each `Block` as `reward_weights`")

@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, nanstd
 
-from ..blocks import Block, check_blocks, parse_completion
+from ..blocks import Block, ParsedCompletion, check_blocks, parse_completion
 from ..cards import language_card
 from ..checkpoints import WholeCheckpoints
 from ..console import use_console
@@ -123,19 +123,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             args = BlockwiseGRPOConfig(f"{name.split('/')[-1]}-Blockwise-GRPO")
         if not isinstance(args, BlockwiseGRPOConfig):
             raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `BlockwiseGRPOConfig`.")
-        if self.blocks[0].outcome is not None:
-            raise ValueError(
-                f"Block {self.blocks[0].name!r} has an `outcome`, but nothing stands before the first block: give it "
-                "to the block whose baseline it is for."
-            )
-        for block in self.blocks[1:]:
-            if block.outcome is None and args.baseline == "outcome":
-                raise ValueError(
-                    f"Block {block.name!r} has no `outcome`, which `baseline='outcome'` needs: pass a function that "
-                    "returns the outcome of what stands before the block, or use `baseline='group'`."
-                )
-            if block.outcome is not None and is_async_callable(block.outcome):
-                raise ValueError(f"Block {block.name!r}: `outcome` must not be an async function.")
+        self._check_outcomes(args.baseline)
         names = [block.name for block in self.blocks]
         if environment_block is not None and (
             environment_block not in names or kwargs.get("environment_factory") is None
@@ -158,14 +146,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             )
         if environment_rewards:
             self._block_of_func += [names.index(environment_block)] * environment_rewards
-        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        for block in self.blocks:
-            if any(f"<{slash}{tag}>" in special for tag in block.tags or () for slash in ("", "/")):
-                logger.warning(
-                    f"Tags of block {block.name!r} are special tokens. The block is found, but the completions that "
-                    "reward functions get have no special tokens: let them use `block_texts`, or add the tags to the "
-                    "tokenizer as ordinary tokens."
-                )
+        self._warn_of_special_tags()
         weights = [weight for block in self.blocks for weight in block.reward_weights]
         self.reward_weights = torch.tensor(weights + [1.0] * environment_rewards)
         used = Counter(self.reward_func_names)
@@ -175,6 +156,31 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         ]
 
         self._watch = Watch(names, logger.warning)
+
+    def _check_outcomes(self, baseline: str) -> None:
+        if self.blocks[0].outcome is not None:
+            raise ValueError(
+                f"Block {self.blocks[0].name!r} has an `outcome`, but nothing stands before the first block: give it "
+                "to the block whose baseline it is for."
+            )
+        for block in self.blocks[1:]:
+            if block.outcome is None and baseline == "outcome":
+                raise ValueError(
+                    f"Block {block.name!r} has no `outcome`, which `baseline='outcome'` needs: pass a function that "
+                    "returns the outcome of what stands before the block, or use `baseline='group'`."
+                )
+            if block.outcome is not None and is_async_callable(block.outcome):
+                raise ValueError(f"Block {block.name!r}: `outcome` must not be an async function.")
+
+    def _warn_of_special_tags(self) -> None:
+        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        for block in self.blocks:
+            if any(f"<{slash}{tag}>" in special for tag in block.tags or () for slash in ("", "/")):
+                logger.warning(
+                    f"Tags of block {block.name!r} are special tokens. The block is found, but the completions that "
+                    "reward functions get have no special tokens: let them use `block_texts`, or add the tags to the "
+                    "tokenizer as ordinary tokens."
+                )
 
     def _known(self) -> dict[str, Any]:
         model = self.model
@@ -226,28 +232,17 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         self._require_finite(rewards_per_func)
         outcomes = self._calculate_outcomes(inputs, prompts, completions, completion_ids_list)
 
-        owners = [
-            completion.block_index if all(own) else list(compress(completion.block_index, own))
-            for completion, own in zip(parsed, own_tokens, strict=True)
-        ]
-        lengths = [[owner.count(k) for k in range(len(names))] for owner in owners]
-        present = [[text is not None for text in completion.texts] for completion in parsed]
-        complete = [list(map(Block.is_complete, self.blocks, completion.texts)) for completion in parsed]
-        statistics = gather(
-            torch.tensor([lengths, present, complete], device=rewards_per_func.device).transpose(0, 1)
-        )  # (N, 3, K)
-        lengths, counts, found = statistics[:, 0].float(), statistics[:, 1].bool(), statistics[:, 2].float()
-        counts[:, 0] = True  # the first block holds whatever is in no other
-        rewards_per_func[~counts[:, self._block_of_func]] = torch.nan
+        lengths, present, found = self._block_statistics(parsed, own_tokens)
+        rewards_per_func[~present[:, self._block_of_func]] = torch.nan
 
         weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
         rewards = torch.stack([self._sum(weighted[:, self._columns(k)]) for k in range(len(names))], dim=1)
         missing_rewards = rewards.new_tensor([block.missing_reward for block in self.blocks])
-        logged_rewards = rewards.where(counts, missing_rewards)
+        logged_rewards = rewards.where(present, missing_rewards)
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         advantages = block_advantages(
-            charge_missing_blocks(rewards, counts, missing_rewards) if self.args.charge_missing else rewards,
+            charge_missing_blocks(rewards, present, missing_rewards) if self.args.charge_missing else rewards,
             outcomes,
             num_generations,
             baseline=self.args.baseline,
@@ -264,8 +259,8 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             metrics = {
                 "found": found[:, k].mean(),
                 "reward": logged_rewards[:, k].nanmean(),
-                "length": lengths[counts[:, k], k].mean(),
-                "zero_advantage": (advantages[counts[:, k], k].abs() < 1e-6).float().mean(),
+                "length": lengths[present[:, k], k].mean(),
+                "zero_advantage": (advantages[present[:, k], k].abs() < 1e-6).float().mean(),
             }
             for name, value in metrics.items():
                 self._metrics[mode][f"blocks/{block.name}/{name}"].append(value.item())
@@ -279,6 +274,22 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             learning = (advantages.abs() > 1e-6).any(dim=1).float().mean().item()
             self._watch.update(found.mean(dim=0).tolist(), learning, rewards[:, 0].nanmean().item())
         return rewards_per_func
+
+    def _block_statistics(
+        self, parsed: list[ParsedCompletion], own_tokens: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each block of all completions, (N, n_blocks): how many tokens are its own, is it there, and is it closed."""
+        owners = [
+            completion.block_index if all(own) else list(compress(completion.block_index, own))
+            for completion, own in zip(parsed, own_tokens, strict=True)
+        ]
+        lengths = [[owner.count(k) for k in range(len(self.blocks))] for owner in owners]
+        present = [[text is not None for text in completion.texts] for completion in parsed]
+        found = [list(map(Block.is_complete, self.blocks, completion.texts)) for completion in parsed]
+        statistics = torch.tensor([lengths, present, found], device=self.accelerator.device).transpose(0, 1)
+        lengths, present, found = gather(statistics).unbind(dim=1)
+        present[:, 0] = 1  # the first block holds whatever is in no other
+        return lengths.float(), present.bool(), found.float()
 
     def _decode_own(self, ids: list[int], own: list[int]) -> str:
         """What the model itself wrote, as the reward functions get it."""

@@ -1,5 +1,6 @@
 """What [`BlockwiseGRPOTrainer`] says while it trains: warnings with a remedy, and the table of completions."""
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,15 +12,7 @@ from ..rewards.text import completion_text
 
 class Watch:
     """
-    Warns, once each, if a run learns nothing or unlearns.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of the blocks.
-        warn (`Callable[[str], None]`):
-            Called with each warning.
-        window (`int`, *optional*, defaults to `10`):
-            Number of generations whose mean is looked at.
+    Warns, once each, if a run learns nothing or unlearns, by means over `window` generations.
 
     Example:
 
@@ -38,15 +31,8 @@ class Watch:
 
     def update(self, found: Sequence[float], learning: float, reward: float) -> None:
         """
-        Takes in a generation.
-
-        Args:
-            found (`Sequence[float]`):
-                Share of completions that have each block.
-            learning (`float`):
-                Share of completions that have any advantage.
-            reward (`float`):
-                Mean reward of the first block.
+        Takes in a generation: shares of completions that have each block, and that have any advantage, and the mean reward
+        of the first block.
         """
         for name, share in zip(self.names, found, strict=True):
             mean = self._mean(f"found {name}", share)
@@ -73,7 +59,7 @@ class Watch:
     def _mean(self, key: str, value: float) -> float | None:
         """Mean over the window, once that is full."""
         values = self.values.setdefault(key, deque(maxlen=self.window))
-        if value == value:  # not NaN
+        if not math.isnan(value):
             values.append(value)
         return fmean(values) if len(values) == self.window else None
 
@@ -105,20 +91,11 @@ def print_completions(
     extra: dict[str, list[Any]] | None = None,
     *,
     blocks: dict[str, float],
-    width: int | None = None,
 ) -> None:
     """
     Prints completions as a table that fits the terminal, called like TRL's `print_prompt_completions_sample`: the prompt
-    and each block are a column, and below each text stand its reward and advantage. What else was logged is in the file of
-    completions.
-
-    Args:
-        prompts, completions, rewards, advantages, step, num_samples, extra:
-            As TRL passes them. Of `extra`, each block's `text`, `reward` and `advantage` are used.
-        blocks (`dict[str, float]`):
-            Names of the blocks, and what each counts where it is missing.
-        width (`int`, *optional*):
-            Width in characters; by default the terminal's.
+    and each block (in `blocks`, with what it counts where it is missing) are a column, and below each text stand its reward
+    and advantage, of `extra`. What else was logged is in the file of completions.
     """
     from rich.console import Console  # TRL asks whether it is there
     from rich.table import Table
@@ -130,7 +107,7 @@ def print_completions(
         shown = sorted(random.sample(shown, max(0, min(num_samples, len(prompts)))))
     if not shown:
         return
-    console = Console(width=width)
+    console = Console()
     longest = 2 * console.width
     table = Table(title=f"Step {step}", expand=True, show_lines=False)
     for name in ("prompt", *blocks):
@@ -141,7 +118,7 @@ def print_completions(
         )
         texts = [prompt, *((extra[f"{name}/text"][i] or "(missing)") for name in blocks)]
         own = [extra[f"{name}/reward"][i] for name in blocks]
-        own = [blocks[name] if reward != reward else reward for name, reward in zip(blocks, own, strict=True)]
+        own = [blocks[name] if math.isnan(reward) else reward for name, reward in zip(blocks, own, strict=True)]
         numbers = [(sum(own), advantages[i])]
         numbers += [(reward, extra[f"{name}/advantage"][i]) for name, reward in zip(blocks, own, strict=True)]
         table.add_row(*(Text(_shorten(text, longest)) for text in texts))

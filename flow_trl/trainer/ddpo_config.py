@@ -1,10 +1,12 @@
 """Arguments of [`DDPOTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from .arguments import described
 from .diffusion_config import DiffusionConfig
 
 
+@described
 @dataclass
 class DDPOConfig(DiffusionConfig):
     r"""
@@ -27,8 +29,8 @@ class DDPOConfig(DiffusionConfig):
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range of the probability ratio, whose log is a mean over latent elements.
         beta (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL penalty in the reward of each step,
-            \\( \log \pi_\theta(x_{t-1} | x_t) - \log \pi_\text{ref}(x_{t-1} | x_t) \\). `0` switches it off.
+            Weight of the KL penalty in the reward of each step, `log pi(x_{t-1} | x_t) - log pi_ref(x_{t-1} | x_t)`.
+            `0` switches it off.
         ema_decay (`float`, *optional*, defaults to `0.0`):
             Decay of the exponential moving average of the trained weights, which evaluation and saving use. `0`
             switches it off.
@@ -44,27 +46,19 @@ class DDPOConfig(DiffusionConfig):
             Number of rewards from which on a prompt's own are used, instead of the generation's.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Number of denoising steps in training."})
-    guidance_scale: float | None = field(
-        default=5.0, metadata={"help": "Strength of guidance. If None, the pipeline's default."}
-    )
-    num_generations: int = field(default=8, metadata={"help": "Number of images per prompt in a generation."})
-    generation_batch_size: int = field(
-        default=256, metadata={"help": "Number of images in a generation, over all processes."}
-    )
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL penalty in the reward of each step."})
-    ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of the weights; 0: none."})
-    eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation."})
-    eta: float = field(default=1.0, metadata={"help": "Noise of the DDIM steps in training, in (0, 1]."})
-    train_timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the steps that are trained."})
-    per_prompt_stat_tracking_buffer_size: int = field(
-        default=32, metadata={"help": "Number of rewards that are kept of each prompt."}
-    )
-    per_prompt_stat_tracking_min_count: int = field(
-        default=16, metadata={"help": "Number of rewards from which on a prompt's own normalise new ones."}
-    )
+    learning_rate: float = 1e-4
+    num_inference_steps: int = 50
+    guidance_scale: float | None = 5.0
+    num_generations: int = 8
+    generation_batch_size: int = 256
+    epsilon: float = 1e-4
+    beta: float = 0.0
+    ema_decay: float = 0.0
+    eval_num_inference_steps: int = 50
+    eta: float = 1.0
+    train_timestep_fraction: float = 1.0
+    per_prompt_stat_tracking_buffer_size: int = 32
+    per_prompt_stat_tracking_min_count: int = 16
 
     @property
     def num_trained_steps(self) -> int:

@@ -58,11 +58,8 @@ class DDPOTrainer(DiffusionTrainer):
     _name = "DDPO"
     _paper = {"title": "Training Diffusion Models with Reinforcement Learning", "id": "2305.13301"}
     _card_arguments = DiffusionTrainer._card_arguments + [
-        "eta",
-        "train_timestep_fraction",
-        "per_prompt_stat_tracking_buffer_size",
-        "per_prompt_stat_tracking_min_count",
-    ]
+        "eta", "train_timestep_fraction", "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"
+    ]  # fmt: skip
 
     _config_class = DDPOConfig
     _kl_in_loss = False
@@ -84,7 +81,7 @@ class DDPOTrainer(DiffusionTrainer):
                 "DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')`."
             )
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
         name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
         if "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(

@@ -1,33 +1,21 @@
 """Arguments that all trainers of diffusers pipelines share."""
 
-import inspect
 import json
 import math
-import numbers
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation such as `list[float] | None` says; whole numbers are floats too."""
-    if get_origin(annotation) is list:
-        return isinstance(value, list | tuple) and all(_fits(entry, get_args(annotation)[0]) for entry in value)
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_fits(value, choice) for choice in get_args(annotation))
-    if annotation in (int, float):
-        number = numbers.Integral if annotation is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    return not isinstance(annotation, type) or isinstance(value, annotation)
+from .arguments import Arguments, described
 
 
+@described
 @dataclass
-class DiffusionConfig(TrainingArguments):
+class DiffusionConfig(Arguments, TrainingArguments):
     r"""
     Arguments shared by [`FlowGRPOConfig`], [`DDPOConfig`] and their relatives; not used by itself.
 
@@ -84,8 +72,8 @@ class DiffusionConfig(TrainingArguments):
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of passes over a generation.
         gradient_accumulation_steps (`int`, *optional*):
-            Follows from the arguments above. Set it only to check that it is what you expect. `dataclasses.replace`
-            with other batch sizes needs it as `None`, to compute it anew.
+            Follows from the batch sizes. Set it only to check that it is what you expect. `dataclasses.replace` with
+            other batch sizes needs it as `None`, to compute it anew.
         epsilon (`float`, *optional*, defaults to `1e-5`):
             Clip range of the probability ratio, whose log is a mean over latent elements.
         beta (`float`, *optional*, defaults to `0.0`):
@@ -128,12 +116,12 @@ class DiffusionConfig(TrainingArguments):
             generation (`output_dir/completions/*.parquet`: prompt, scores, advantages, what reward functions gave to
             `log_extra`). Some rows of it are printed, and it goes to wandb and trackio.
         num_completions_to_print (`int`, *optional*, defaults to `8`):
-            Number of rows of that table that are printed. If `None`, all.
+            Number of rows of this table that `log_completions` prints. If `None`, all.
         log_unique_prompts (`bool`, *optional*, defaults to `False`):
-            Whether only one row of each prompt is printed and goes to the trackers.
+            Whether `log_completions` prints, and sends to the trackers, only one row of each prompt.
         log_completions_hub_repo (`str`, *optional*):
-            Data set on the Hub to which the tables are uploaded, every two minutes and at the end. It is made if it is not
-            there; public, unless `hub_private_repo=True`.
+            Data set on the Hub to which `log_completions` uploads its tables, every two minutes and at the end. It is made
+            if it is not there; public, unless `hub_private_repo=True`.
 
     Raises:
         TypeError: if an argument has another type than its annotation.
@@ -141,101 +129,54 @@ class DiffusionConfig(TrainingArguments):
     """
 
     # Defaults that differ from TrainingArguments
-    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every X updates."})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Follows from the batch sizes; set it only to check it."}
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Whether to train in bfloat16. If not set, `True` on GPUs that have it."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether a loss that is not finite is left out of the logs."}
-    )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Not used: every column reaches the reward functions."}
-    )
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "constant"
+    logging_steps: float = 1
+    gradient_accumulation_steps: int | None = None
+    bf16: bool | None = None
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool | None = False
 
     # The pipeline
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
-    )
-    pipeline_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for each call of the pipeline, such as height and width."}
-    )
-    pipeline_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns that the pipeline is given with each prompt, such as image."}
-    )
-    negative_prompt: str | None = field(default=None, metadata={"help": "Negative prompt for guidance."})
-    num_inference_steps: int = field(default=10, metadata={"help": "Number of denoising steps in training."})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Strength of guidance. If not set, the pipeline's default."}
-    )
+    model_init_kwargs: dict | str | None = None
+    pipeline_kwargs: dict | str | None = None
+    pipeline_columns: list[str] | None = None
+    negative_prompt: str | None = None
+    num_inference_steps: int = 10
+    guidance_scale: float | None = None
 
     # Generations and updates
-    num_generations: int = field(default=24, metadata={"help": "Number of images per prompt in a generation."})
-    generation_batch_size: int = field(
-        default=1152, metadata={"help": "Number of images in a generation, over all processes."}
-    )
-    per_device_rollout_batch_size: int = field(
-        default=16, metadata={"help": "Number of images that are sampled together, with all their completions."}
-    )
-    per_device_decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Largest number of latents in one call of the decoder."}
-    )
-    offload_text_encoders: bool = field(
-        default=False, metadata={"help": "Whether the text encoders wait on the CPU except while they encode."}
-    )
-    check_pipeline: bool = field(
-        default=True, metadata={"help": "Whether to compare a short rollout with the pipeline's own samples first."}
-    )
-    updates_per_generation: int = field(default=2, metadata={"help": "Number of updates per pass over a generation."})
-    num_iterations: int = field(default=1, metadata={"help": "Number of passes over a generation."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the prompts in each epoch."})
+    num_generations: int = 24
+    generation_batch_size: int = 1152
+    per_device_rollout_batch_size: int = 16
+    per_device_decode_batch_size: int | None = None
+    offload_text_encoders: bool = False
+    check_pipeline: bool = True
+    updates_per_generation: int = 2
+    num_iterations: int = 1
+    shuffle_dataset: bool = True
 
     # The loss
-    epsilon: float = field(default=1e-5, metadata={"help": "Clip range of the probability ratio."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference."})
-    adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus or minus this."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function; 0 only logs it. If not set, all are 1."}
-    )
-    overlap_rewards: bool = field(
-        default=True, metadata={"help": "Whether to score images in a thread while the next ones are sampled."}
-    )
-    reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds that one call of a reward function may take."}
-    )
-    reward_retries: int = field(default=0, metadata={"help": "How many times a failed reward call is repeated."})
-    reward_on_error: str = field(
-        default="raise", metadata={"help": "What follows after the last try.", "choices": ["raise", "none"]}
-    )
-    out_of_domain_rewards: list[str] | None = field(
-        default=None, metadata={"help": "Names of rewards that are scored at each evaluation and never trained on."}
-    )
+    epsilon: float = 1e-5
+    beta: float = 0.0
+    adv_clip_max: float = 5.0
+    reward_weights: list[float] | None = None
+    overlap_rewards: bool = True
+    reward_timeout: float | None = None
+    reward_retries: int = 0
+    reward_on_error: str = field(default="raise", metadata={"choices": ["raise", "none"]})
+    out_of_domain_rewards: list[str] | None = None
 
     # Moving average, evaluation, images
-    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average of the weights; 0: none."})
-    ema_update_steps: int = field(default=8, metadata={"help": "Updates between two steps of the moving average."})
-    eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps in evaluation."})
-    eval_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Strength of guidance in evaluation. If not set, `guidance_scale`."}
-    )
-    num_images_to_save: int = field(default=16, metadata={"help": "Number of images in a saved grid."})
-    log_completions: bool = field(
-        default=False,
-        metadata={"help": "Whether to save training images, and print some rewards, at every `logging_steps`."},
-    )
-    num_completions_to_print: int | None = field(
-        default=8, metadata={"help": "Number of images whose rewards `log_completions` prints. If None, all."}
-    )
-    log_unique_prompts: bool = field(
-        default=False, metadata={"help": "Whether `log_completions` shows only one image of each prompt."}
-    )
-    log_completions_hub_repo: str | None = field(
-        default=None, metadata={"help": "Data set on the Hub to which `log_completions` uploads its tables."}
-    )
+    ema_decay: float = 0.9
+    ema_update_steps: int = 8
+    eval_num_inference_steps: int = 40
+    eval_guidance_scale: float | None = None
+    num_images_to_save: int = 16
+    log_completions: bool = False
+    num_completions_to_print: int | None = 8
+    log_unique_prompts: bool = False
+    log_completions_hub_repo: str | None = None
 
     @property
     def num_trained_steps(self) -> int:
@@ -247,16 +188,6 @@ class DiffusionConfig(TrainingArguments):
         """Number of sweeps over the images that one pass over a generation takes, each with updates of its own."""
         return 1
 
-    @classmethod
-    def _own_fields(cls) -> dict[str, Any]:
-        """The fields that [`~transformers.TrainingArguments`] has not, or has with other defaults: their annotations."""
-        classes = [base for base in cls.__mro__ if issubclass(base, DiffusionConfig)]
-        return {
-            name: annotation
-            for base in reversed(classes)
-            for name, annotation in inspect.get_annotations(base, eval_str=True).items()
-        }
-
     @property
     def sampling_arguments(self) -> dict[str, Any]:
         """What samples may depend on: all fields but those that say how they are scored."""
@@ -267,33 +198,19 @@ class DiffusionConfig(TrainingArguments):
         ]
         return {name: getattr(self, name) for name in ("seed", *names)}
 
-    def _check(self, name: str, condition: bool, remedy: str) -> None:
-        if not condition:
-            raise ValueError(f"`{name}={getattr(self, name)!r}` does not work: {remedy}.")
-
-    def _check_types(self) -> None:
-        for name, annotation in self._own_fields().items():
-            value, expected = getattr(self, name), inspect.formatannotation(annotation)
-            if not _fits(value, annotation):
-                raise TypeError(f"`{name}={value!r}` is a {type(value).__name__}: it must be `{expected}`.")
-
     def _validate(self) -> None:
         """Checks what needs no pipeline and no data."""
         positive = ("generation_batch_size", "per_device_train_batch_size", "per_device_rollout_batch_size",
                     "updates_per_generation", "num_iterations", "ema_update_steps", "num_generations",
-                    "eval_num_inference_steps")  # fmt: skip
+                    "eval_num_inference_steps", "per_device_decode_batch_size")  # fmt: skip
         for name in positive:
-            self._check(name, getattr(self, name) >= 1, "it must be at least 1")
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "it must be at least 1")
         self._check("num_inference_steps", self.num_inference_steps >= 2, "it must be at least 2")
-        if self.per_device_decode_batch_size is not None:
-            self._check(
-                "per_device_decode_batch_size", self.per_device_decode_batch_size >= 1, "it must be at least 1"
-            )
         if self.reward_timeout is not None:
             valid = 0 < self.reward_timeout < math.inf
             self._check("reward_timeout", valid, "it must be above 0, in seconds; `None` sets no limit")
         self._check("reward_retries", self.reward_retries >= 0, "it must not be negative")
-        self._check("reward_on_error", self.reward_on_error in ("raise", "none"), "choose 'raise' or 'none'")
         self._check("epsilon", self.epsilon > 0, "it must be above 0; 1e-5 (flow) and 1e-4 (diffusion) are usual")
         self._check("beta", 0 <= self.beta < math.inf, "it must not be negative; 0 switches the KL term off")
         self._check("adv_clip_max", self.adv_clip_max > 0, "it must be above 0; 5 is usual")
@@ -346,6 +263,7 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self):
         self._check_types()
+        self._check_choices()
         self._validate()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()

@@ -96,27 +96,15 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
             reward_retries=args.reward_retries,
             reward_on_error=args.reward_on_error,
         )
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        sets = {"train_dataset": train_dataset}
-        sets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in evaluated.items()}
-        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
-        for name, dataset in sets.items():
-            self._check_dataset(name, dataset)
-        prompts, needed = len(train_dataset or []), args.generation_batch_size // args.num_generations
-        if train_dataset is not None and prompts < needed:
-            raise ValueError(
-                f"`train_dataset` has {prompts} prompts, but a generation needs {needed} = "
-                f"`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`: "
-                "make the generation smaller or add prompts."
-            )
-        self._generations_per_epoch = prompts // needed
+        sets = self._check_sets(args, train_dataset, eval_dataset)
+        self._generations_per_epoch = len(train_dataset or []) // (args.generation_batch_size // args.num_generations)
 
         if not isinstance(peft_config, LoraConfig | None):
             raise TypeError(f"`peft_config={peft_config!r}` is a {type(peft_config).__name__}: pass a `LoraConfig`.")
         dtype = torch.bfloat16 if args.bf16 and peft_config else torch.float32
         load_whole()
         self.pipe = load_pipeline(model, dtype, args.model_init_kwargs or {})
-        self._check_pipeline(self.pipe)
+        self._prepare_pipeline(self.pipe)
         options = {
             "negative_prompt": args.negative_prompt,
             "offload_text_encoders": args.offload_text_encoders,
@@ -184,14 +172,36 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         self._metrics = Metrics()
         self._totals = {"total_nfe": 0, "total_reward_calls": 0}
 
+    def _check_sets(
+        self,
+        args: DiffusionConfig,
+        train_dataset: datasets.Dataset | None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None,
+    ) -> dict[str, datasets.Dataset]:
+        """The data sets by the names that errors give them."""
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        sets = {"train_dataset": train_dataset}
+        sets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": value for key, value in evaluated.items()}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        for name, dataset in sets.items():
+            self._check_dataset(name, dataset)
+        needed = args.generation_batch_size // args.num_generations
+        if train_dataset is not None and len(train_dataset) < needed:
+            raise ValueError(
+                f"`train_dataset` has {len(train_dataset)} prompts, but a generation needs {needed} = "
+                f"`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`: "
+                "make the generation smaller or add prompts."
+            )
+        return sets
+
     def _check_dataset(self, name: str, dataset: Any) -> None:
         check_prompts(name, dataset)
         self.scorer.check(name, [column for column in dataset.column_names if column != "prompt"])
 
     # What a subclass adds
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Raises if this method cannot train the pipeline."""
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
+        """Raises if this method cannot train the pipeline; may give it another scheduler."""
 
     @abstractmethod
     def _transition(
@@ -277,7 +287,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         self._record(
             {
                 "reward": rewards[:, -1].mean().item(),
-                "reward_std": groups.std(dim=1).mean().item(),
+                "reward_std": groups.std(dim=1, correction=min(1, args.num_generations - 1)).mean().item(),
                 "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
                 "nfe": nfe,
                 "reward_calls": calls,
@@ -348,11 +358,7 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         position = self.state.global_step % self._updates_per_generation
         if self.args.check_pipeline and not self._is_checked:
-            examples = self.train_dataset.select_columns(["prompt", *self._sampler.columns])[:16]
-            steps, prompts = min(3, self.args.num_inference_steps), examples.pop("prompt")
-            deviation = self.policy.check(prompts, steps, self._ode_step, **examples)
-            self._record({"check_pipeline/max_deviation": deviation})
-            self._is_checked = True
+            self._compare_with_pipeline()
         if position == 0:
             self._generate(self.state.global_step)
         elif self._generation is None:
@@ -362,6 +368,13 @@ class DiffusionTrainer(Checkpoints, Evaluations, Publishing, Engines, Trainer):
         for denoiser in self.policy.denoisers.values():
             denoiser.training = False  # the output of HiDream's has another shape in training; its experts must train
         return self._micro_batches(position), None
+
+    def _compare_with_pipeline(self) -> None:
+        examples = self.train_dataset.select_columns(["prompt", *self._sampler.columns])[:16]
+        steps, prompts = min(3, self.args.num_inference_steps), examples.pop("prompt")
+        deviation = self.policy.check(prompts, steps, self._ode_step, **examples)
+        self._record({"check_pipeline/max_deviation": deviation})
+        self._is_checked = True
 
     def _micro_batches(self, position: int) -> list[dict[str, Any]]:
         """The micro-batches of an update, by its number in the generation."""

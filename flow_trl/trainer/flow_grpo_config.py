@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 from ..credit import SCALES
+from .arguments import described
 from .diffusion_config import DiffusionConfig
 
 
+@described
 @dataclass
 class FlowGRPOConfig(DiffusionConfig):
     r"""
@@ -47,31 +49,16 @@ class FlowGRPOConfig(DiffusionConfig):
             not apply then counts as an average one.
     """
 
-    guidance_scale: float | None = field(
-        default=4.5, metadata={"help": "Strength of guidance. If None, the pipeline's default."}
-    )
-    beta: float = field(default=4e-4, metadata={"help": "Weight of the KL divergence to the reference."})
-    noise_level: float = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
-    sde_type: str = field(default="sde", metadata={"help": "Kind of stochastic step.", "choices": ["sde", "cps"]})
-    sde_window_size: int | None = field(
-        default=None, metadata={"help": "Number of stochastic steps. If not set, all but the last step."}
-    )
-    sde_window_range: list[int] | None = field(
-        default=None, metadata={"help": "The stochastic steps lie in [first, last). If not set, all but the last."}
-    )
-    scale_rewards: str = field(
-        default="group",
-        metadata={"help": "What advantages are divided by.", "choices": list(SCALES)},
-    )
-    step_weights: str = field(
-        default="none", metadata={"help": "Weights of the steps in the loss.", "choices": ["none", "noise"]}
-    )
+    guidance_scale: float | None = 4.5
+    beta: float = 4e-4
+    noise_level: float = 0.7
+    sde_type: str = field(default="sde", metadata={"choices": ["sde", "cps"]})
+    sde_window_size: int | None = None
+    sde_window_range: list[int] | None = None
+    scale_rewards: str = field(default="group", metadata={"choices": list(SCALES)})
+    step_weights: str = field(default="none", metadata={"choices": ["none", "noise"]})
     multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={
-            "help": "How several rewards become one advantage.",
-            "choices": ["sum_then_normalize", "normalize_then_sum"],
-        },
+        default="sum_then_normalize", metadata={"choices": ["sum_then_normalize", "normalize_then_sum"]}
     )
 
     @property
@@ -86,32 +73,21 @@ class FlowGRPOConfig(DiffusionConfig):
             "advantages compare the images of one prompt, so there must be at least 2 (24 in the paper). With 1 every "
             "advantage is 0 or noise, and images degrade",
         )
-        self._check("sde_type", self.sde_type in ("sde", "cps"), "choose 'sde' or 'cps'")
         self._check(
             "noise_level",
             0 < self.noise_level < math.inf and (self.sde_type == "sde" or self.noise_level <= 1),
             "it must be above 0, and at most 1 for `sde_type='cps'`; usual are 0.7 (sde) and 0.8 (cps)",
-        )
-        self._check("scale_rewards", self.scale_rewards in SCALES, f"choose one of {SCALES}")
-        self._check("step_weights", self.step_weights in ("none", "noise"), "choose 'none' or 'noise'")
-        aggregations = ("sum_then_normalize", "normalize_then_sum")
-        self._check(
-            "multi_objective_aggregation",
-            self.multi_objective_aggregation in aggregations,
-            f"choose one of {aggregations}",
         )
         self._check(
             "multi_objective_aggregation",
             self.multi_objective_aggregation == "sum_then_normalize" or self.scale_rewards != "none",
             "it normalises each reward by `scale_rewards`, which is 'none': choose 'group', 'trajectory' or 'batch'",
         )
-        if self.sde_window_range is not None:
-            in_range = (
-                len(self.sde_window_range) == 2 and 0 <= self.sde_window_range[0] < self.sde_window_range[1] <= last
-            )
+        bounds = self.sde_window_range
+        if bounds is not None:
             self._check(
                 "sde_window_range",
-                in_range,
+                len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= last,
                 f"it must be [first, last] with 0 <= first < last <= {last} = `num_inference_steps` - 1 (the last step "
                 "is never stochastic)",
             )
@@ -119,7 +95,7 @@ class FlowGRPOConfig(DiffusionConfig):
                 "sde_window_range", self.sde_window_size is not None, "it has a meaning only with `sde_window_size`"
             )
         if self.sde_window_size is not None:
-            first, last = self.sde_window_range or (0, last)
+            first, last = bounds or (0, last)
             self._check(
                 "sde_window_size",
                 1 <= self.sde_window_size <= last - first,

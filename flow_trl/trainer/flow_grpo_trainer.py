@@ -43,18 +43,13 @@ class FlowGRPOTrainer(DiffusionTrainer):
     _name = "Flow-GRPO"
     _paper = {"title": "Flow-GRPO: Training Flow Matching Models via Online RL", "id": "2505.05470"}
     _card_arguments = DiffusionTrainer._card_arguments + [
-        "noise_level",
-        "sde_type",
-        "sde_window_size",
-        "scale_rewards",
-        "step_weights",
-        "multi_objective_aggregation",
-    ]
+        "noise_level", "sde_type", "sde_window_size", "scale_rewards", "step_weights", "multi_objective_aggregation"
+    ]  # fmt: skip
 
     _config_class = FlowGRPOConfig
     args: FlowGRPOConfig
 
-    def _check_pipeline(self, pipe: DiffusionPipeline) -> None:
+    def _prepare_pipeline(self, pipe: DiffusionPipeline) -> None:
         if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             shift = pipe.scheduler.config.get("flow_shift", 1.0)  # the name of it that is lost in `from_config`
             raise ValueError(

@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
+from .arguments import described
 from .ddpo_config import DDPOConfig
 
 
+@described
 @dataclass
 class TDPORConfig(DDPOConfig):
     r"""
@@ -42,23 +44,16 @@ class TDPORConfig(DDPOConfig):
             Score up to which a neuron is dormant.
     """
 
-    updates_per_generation: int = field(default=1, metadata={"help": "Number of updates per sweep over a generation."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of a step in the return."})
-    use_critic: bool = field(default=True, metadata={"help": "Whether to learn a temporal critic."})
-    critic_encoder: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the critic's CLIP. If not set, the reward's own."}
-    )
-    critic_decoder: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of an `AutoencoderTiny` that decodes for the critic."}
-    )
-    critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the critic's values."})
-    reset_neurons: str = field(
-        default="active",
-        metadata={"help": "Neurons of the critic to reset.", "choices": ["active", "dormant", "all", "none"]},
-    )
-    reset_every: int = field(default=10, metadata={"help": "Number of generations between two resets."})
-    dormant_threshold: float = field(default=0.0, metadata={"help": "Score up to which a neuron is dormant."})
+    updates_per_generation: int = 1
+    gamma: float = 1.0
+    use_critic: bool = True
+    critic_encoder: str | None = None
+    critic_decoder: str | None = None
+    critic_learning_rate: float = 1e-4
+    cliprange_value: float = 0.2
+    reset_neurons: str = field(default="active", metadata={"choices": ["active", "dormant", "all", "none"]})
+    reset_every: int = 10
+    dormant_threshold: float = 0.0
 
     @property
     def num_sweeps(self) -> int:
@@ -73,8 +68,6 @@ class TDPORConfig(DDPOConfig):
         for name, default in (("gamma", 1.0), ("critic_encoder", None), ("critic_decoder", None)):
             valid = self.use_critic or getattr(self, name) == default
             self._check(name, valid, "it has a meaning only with `use_critic=True`")
-        choices = ("active", "dormant", "all", "none")
-        self._check("reset_neurons", self.reset_neurons in choices, f"choose one of {choices}")
         self._check(
             "reset_every", self.reset_every >= 1, "it must be at least 1; `reset_neurons='none'` switches resets off"
         )

@@ -70,14 +70,9 @@ class TDPORTrainer(DDPOTrainer):
         "id": "2402.08552",
     }
     _card_arguments = DDPOTrainer._card_arguments + [
-        "gamma",
-        "use_critic",
-        "critic_learning_rate",
-        "cliprange_value",
-        "reset_neurons",
-        "reset_every",
+        "gamma", "use_critic", "critic_learning_rate", "cliprange_value", "reset_neurons", "reset_every",
         "dormant_threshold",
-    ]
+    ]  # fmt: skip
 
     _config_class = TDPORConfig
     args: TDPORConfig

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from .arguments import described
 from .flow_grpo_config import FlowGRPOConfig
 
 
-CREDITS = (
+CREDITS = [
     "outcome", "incremental", "turning_point", "consistent", "control_variate", "outcome_control_variate"
-)  # fmt: skip
+]  # fmt: skip
 
 
+@described
 @dataclass
 class TPGRPOConfig(FlowGRPOConfig):
     r"""
@@ -43,17 +45,8 @@ class TPGRPOConfig(FlowGRPOConfig):
         "step_weights": "noise",
     }
 
-    credit: str = field(
-        default="consistent",
-        metadata={
-            "help": "Reward of a denoising step.",
-            "choices": list(CREDITS),
-        },
-    )
-    completion_stride: int | str | None = field(  # `None` is refused; with it the parser takes any text
-        default=1,
-        metadata={"help": "Number of sigmas that the ODE completions step over at a time; 1 is exact, 'jump' is all."},
-    )
+    credit: str = field(default="consistent", metadata={"choices": CREDITS})
+    completion_stride: int | str | None = 1  # `None` is refused; with it the parser takes any text
 
     @property
     def completion_steps(self) -> int:
@@ -61,7 +54,6 @@ class TPGRPOConfig(FlowGRPOConfig):
         return self.num_inference_steps if self.completion_stride == "jump" else self.completion_stride
 
     def _validate(self) -> None:
-        self._check("credit", self.credit in CREDITS, f"choose one of {CREDITS}")
         if isinstance(self.completion_stride, str) and self.completion_stride.isdecimal():  # from a command line
             self.completion_stride = int(self.completion_stride)
         is_jump = self.completion_stride == "jump"

@@ -479,7 +479,7 @@ def test_saves_what_loads_with_one_line(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"baseline": "median"}, "`baseline='median'`.*outcome, group, batch, none"),
+        ({"baseline": "median"}, "`baseline='median'`.*'outcome', 'group', 'batch', 'none'"),
         ({"min_stratum_size": 0}, "`min_stratum_size=0`.*at least 1"),
         ({"min_stratum_size": 9}, "`min_stratum_size=9`.*`num_generations=4`"),
         ({"min_stratum_size": 4, "leave_one_out": True}, "`min_stratum_size=4`.*left out"),

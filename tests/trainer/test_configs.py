@@ -10,7 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from flow_trl import DDPOConfig, FlowGRPOConfig, TDPORConfig, TPGRPOConfig
+from flow_trl import BlockwiseGRPOConfig, DDPOConfig, FlowGRPOConfig, TDPORConfig, TPGRPOConfig
 from flow_trl.trainer.diffusion_config import DiffusionConfig
 
 
@@ -113,7 +113,7 @@ def documented(config_class: type) -> dict[str, str | None]:
     return {name: default or None for name, default in entries}
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("config_class", [*CONFIGS, BlockwiseGRPOConfig])
 def test_every_field_has_help_and_is_documented_with_its_default(config_class):
     documentation = documented(config_class)
     assert list(documentation) and set(documentation) == set(declared(config_class))

@@ -50,6 +50,15 @@ def test_ratio_is_one_at_the_first_update_of_a_generation(tmp_path, rollout_size
     assert max(deviations[0::2]) <= 1e-5 < min(deviations[1::2])
 
 
+def test_one_image_of_each_prompt(tmp_path):
+    trainer = make_trainer(
+        tmp_path, method="ddpo", num_generations=1, generation_batch_size=8, updates_per_generation=1, max_steps=1
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert logged(trainer, "reward_std") == [0.0] and not torch.equal(weights(trainer), before)
+
+
 def guided_output(pipe, x, t, texts):
     """The U-Net's output with classifier-free guidance, without the pipeline."""
     texts = [""] * len(texts) + texts
