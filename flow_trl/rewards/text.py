@@ -540,9 +540,8 @@ def dcpo_reward(
 
     Args:
         prompts (`list`):
-            The prompt of each completion; those that are equal are a group. Of several processes each sees its own
-            completions alone: let `per_device_train_batch_size * steps_per_generation` be a multiple of `num_generations`,
-            or a group that two share has two means.
+            The prompt of each completion; those that are equal are a group. A process sees its own completions alone,
+            so `per_device_train_batch_size * steps_per_generation` must be a multiple of `num_generations`.
         group_weight (`float`, *optional*, defaults to `0.5`):
             The weight \\( \lambda \\) of the group, in [0, 1].
 
@@ -571,6 +570,9 @@ def dcpo_reward(
         -1.0 if q is None else 0.0 - abs(q - group_weight * means[str(prompt)] - (1 - group_weight) * c)
         for prompt, (c, q) in zip(prompts, read, strict=True)
     ]
+
+
+dcpo_reward.needs_whole_groups = True
 
 
 def rlcr_reward(

@@ -134,6 +134,7 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
             )
         self._block_of_func = [k for k, block in enumerate(self.blocks) for _ in block.reward_funcs]
         funcs = [func for block in self.blocks for func in block.reward_funcs]
+        self._check_groups(args, funcs)
 
         super().__init__(model, funcs, args, train_dataset, eval_dataset, **kwargs)
 
@@ -171,6 +172,20 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
                 )
             if block.outcome is not None and is_async_callable(block.outcome):
                 raise ValueError(f"Block {block.name!r}: `outcome` must not be an async function.")
+
+    @staticmethod
+    def _check_groups(args: BlockwiseGRPOConfig, funcs: list[Any]) -> None:
+        size = args.per_device_train_batch_size * args.steps_per_generation
+        if args.world_size == 1 or size % args.num_generations == 0:
+            return
+        for func in funcs:
+            func = func.func if isinstance(func, partial) else func
+            if getattr(func, "needs_whole_groups", False):
+                raise ValueError(
+                    f"`{func.__name__}` compares the completions of a prompt, but with `per_device_train_batch_size * "
+                    f"steps_per_generation = {size}` and `num_generations={args.num_generations}` a process has only a "
+                    "part of a group: make the first a multiple of the second."
+                )
 
     def _warn_of_special_tags(self) -> None:
         special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from flow_trl import Block, BlockwiseGRPOConfig, BlockwiseGRPOTrainer
+from flow_trl.tasks import confidence_task
 from flow_trl.trainer import blockwise_log
 from tests import text_models, two_processes
 from tests.trainer.text_runs import (
@@ -526,6 +527,20 @@ SOLUTION, CONFIDENCE = make_blocks()
 def test_bad_blocks_before_the_model_is_loaded(blocks, error, words, tmp_path):
     with pytest.raises(error, match=words):
         BlockwiseGRPOTrainer("no/such-model", blocks, make_config(tmp_path), train_dataset=prompts())
+
+
+def test_a_reward_of_groups_needs_whole_ones(tmp_path, monkeypatch):
+    """Of two processes each would have half of a group of 16, and a mean of its own."""
+    blocks = confidence_task(score="dcpo", correct="exact").blocks
+    split = make_config(tmp_path, num_generations=16, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    whole = make_config(tmp_path, num_generations=8, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    monkeypatch.setattr(BlockwiseGRPOConfig, "world_size", 2)
+    split.steps_per_generation = whole.steps_per_generation = 2
+    with pytest.raises(ValueError, match="`dcpo_reward` compares.* = 8` and `num_generations=16`.*part of a group"):
+        BlockwiseGRPOTrainer("no/such-model", blocks, split, train_dataset=prompts())
+    for config, parts in ((whole, blocks), (split, make_blocks())):
+        with pytest.raises(OSError):  # there is no such model
+            BlockwiseGRPOTrainer("no/such-model", parts, config, train_dataset=prompts())
 
 
 def test_other_bad_arguments_of_the_trainer(tmp_path):
