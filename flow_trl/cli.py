@@ -25,6 +25,8 @@ from trl import TrlParser
 
 import flow_trl
 
+from .trainer.arguments import described
+
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FLOW_ATTENTION = [f"attn.{name}" for name in [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]]
@@ -41,6 +43,7 @@ USUAL = ("output_dir", "learning_rate", "max_steps", "num_train_epochs", "per_de
          "resume_from_checkpoint", "num_generations", "max_completion_length", "beta")  # fmt: skip
 
 
+@described
 @dataclass
 class ImageArguments:
     """
@@ -50,9 +53,10 @@ class ImageArguments:
         model_name_or_path (`str`, *optional*):
             Pipeline to train: Hub id or folder.
         dataset_name (`str`, *optional*):
-            Prompts, as [`~prompts.load_prompts`] takes them: `"geneval"`, `"ocr"`, `"animals"`, a file or a Hub id.
+            Prompts, as [`~prompts.load_prompts`] takes them: `"geneval"`, `"ocr"`, `"animals"`, a `.jsonl` or `.txt` file,
+            or a Hub id.
         reward_funcs (`list[str]`, *optional*):
-            Names of built-in reward functions, or dotted paths of others.
+            Names of built-in reward functions, or dotted paths such as `my_package.darkness`.
         eval_size (`int`, *optional*, defaults to `1000`):
             Largest number of held-out prompts.
         lora_rank (`int`, *optional*, defaults to `32`):
@@ -63,19 +67,13 @@ class ImageArguments:
             Modules with a LoRA. Defaults to all attention projections.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Pipeline to train: Hub id or folder."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts: geneval, ocr, animals, a .jsonl or .txt file, or a Hub id."}
-    )
-    reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Names of reward functions, or dotted paths such as my_package.darkness."}
-    )
-    eval_size: int = field(default=1000, metadata={"help": "Largest number of held-out prompts."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(FLOW_ATTENTION), metadata={"help": "Modules with a LoRA."}
-    )
+    model_name_or_path: str | None = None
+    dataset_name: str | None = None
+    reward_funcs: list[str] | None = None
+    eval_size: int = 1000
+    lora_rank: int = 32
+    lora_alpha: int = 64
+    lora_target_modules: list[str] = field(default_factory=lambda: list(FLOW_ATTENTION))
 
     @property
     def peft_config(self) -> Any:
@@ -88,6 +86,7 @@ class ImageArguments:
         return LoraConfig(r=self.lora_rank, init_lora_weights="gaussian", **options)
 
 
+@described
 @dataclass
 class TextArguments:
     """
@@ -108,12 +107,12 @@ class TextArguments:
             Rank of a LoRA on all linear layers; 0 trains all weights.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train: Hub id or folder."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Problems: a .jsonl file or a Hub id."})
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
-    answer_column: str = field(default="answer", metadata={"help": "Column of the final answer."})
-    eval_size: int = field(default=400, metadata={"help": "Largest number of held-out problems."})
-    lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA; 0 trains all weights."})
+    model_name_or_path: str | None = None
+    dataset_name: str | None = None
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    eval_size: int = 400
+    lora_rank: int = 0
 
     @property
     def peft_config(self) -> Any:
@@ -124,6 +123,7 @@ class TextArguments:
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
 
 
+@described
 @dataclass
 class TaskArguments(TextArguments):
     """
@@ -135,10 +135,7 @@ class TaskArguments(TextArguments):
             a function that makes a [`~tasks.Task`].
     """
 
-    task: str = field(
-        default="confidence",
-        metadata={"help": "confidence, two_attempts, or the dotted path of a function that makes a Task."},
-    )
+    task: str = "confidence"
 
 
 class Parser(TrlParser):

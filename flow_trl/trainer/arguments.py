@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 def described(config_class: type) -> type:
     """Class decorator, outside `dataclass`: what the docstring says of an argument is its help on the command line too."""
     entries = re.findall(r"^ {4}(\w+) \(.+\):\n((?: {8}.*\n|\n)+)", (inspect.getdoc(config_class) or "") + "\n", re.M)
-    helps = {name: " ".join(text.split()) for name, text in entries}
+    helps = {name: re.sub(r"\[`~?(.+?)`\]", r"`\1`", " ".join(text.split())) for name, text in entries}
     for field in fields(config_class):
         if field.name in helps:
             field.metadata = MappingProxyType({**field.metadata, "help": helps[field.name]})
