@@ -1,13 +1,14 @@
 """Runs a list of specs, one after another, in two processes."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,17 +24,48 @@ def launch(script, specs, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-60000:]
-    ranks = [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return list(zip(*ranks, strict=True))
+    return _results(folder)
+
+
+def fork(run, specs, folder):
+    """As `launch`, but by a server that has imported everything once, with the variables that `torchrun` sets."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainer.runs", "tests.trainer.text_runs"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(run, specs, folder, rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return _results(folder)
+
+
+def _rank(run, specs, folder, rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _run(run, specs, folder, rank)
 
 
 def main(run):
     """What the launched script does: each spec of the file by `run`, and then a file of what it returned."""
-    torch.set_num_threads(1)
     path = Path(sys.argv[1])
-    results = [run(spec) for spec in json.loads(path.read_text())]
-    torch.save(results, path.with_name(f"results-{PartialState().process_index}.pt"))
+    _run(run, json.loads(path.read_text()), path.parent, int(os.environ["RANK"]))
+
+
+def _run(run, specs, folder, rank):
+    torch.set_num_threads(1)
+    results = [run(spec) for spec in specs]
+    torch.save(results, folder / f"results-{rank}.pt")
     # While the interpreter shuts down, gloo's threads abort a finished process now and then (in plain PyTorch too).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _results(folder):
+    ranks = [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return list(zip(*ranks, strict=True))

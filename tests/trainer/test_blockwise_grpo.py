@@ -439,7 +439,7 @@ def test_two_processes_and_one_give_the_same(tmp_path):
         {**spec, "output_dir": folder, "gradient_accumulation_steps": 1}
         for spec, folder in zip(specs, folders, strict=True)
     ]
-    results = two_processes.launch("text_runs.py", two, tmp_path)
+    results = two_processes.fork(run, two, tmp_path)
     for i, (spec, folder, (first, second)) in enumerate(zip(specs, folders, results, strict=True)):
         one = run({**spec, "output_dir": str(tmp_path / f"one-{i}")})
         assert torch.equal(first["weights"], second["weights"])

@@ -184,7 +184,7 @@ def two_process_runs(tmp_path_factory):
         {"output_dir": str(folder / "told"), **adam, "told": [1, 2]},
         {"output_dir": str(folder / "told"), **adam, "resume": True},
     ]
-    return specs, two_processes.launch("runs.py", specs, folder)
+    return specs, two_processes.fork(run, specs, folder)
 
 
 @pytest.mark.parametrize("number", [0, 4], ids=["paper", "jumps"])

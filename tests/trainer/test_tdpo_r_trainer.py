@@ -442,7 +442,7 @@ def two_process_runs(tmp_path_factory):
         {"output_dir": str(folder / "parts"), **BASE, "updates_per_generation": 2, "max_steps": 5},
         {"output_dir": str(folder / "ddpo"), **ddpo, "method": "ddpo", "max_steps": 4},
     ]
-    return specs, two_processes.launch("runs.py", specs, folder)
+    return specs, two_processes.fork(run, specs, folder)
 
 
 @pytest.mark.parametrize("number", [0, 2, 3], ids=["tdpo_r", "parts", "ddpo"])
