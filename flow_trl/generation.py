@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .conditioning import Conditioning, PromptCache
+from .conditioning import Conditioning
 from .policy import PipelinePolicy, Schedule
+from .prompt_cache import PromptCache
 from .rollout import Trajectory
 from .scoring import RewardLog, Scorer, in_thread
 from .utils import to_device
