@@ -319,7 +319,8 @@ def _reading(correct: str | Correct, strict: bool) -> tuple[dict[str, Any], str]
         )
     if function in (math_correct, math_correct_strict):  # now, not at the first reward
         import_extra("math_verify", extra="math", purpose="Comparing mathematical answers")
-    return {"correct": function, "strict": strict}, "first" if strict else "last"
+    # Checkpoints name the arguments of outcome functions: one that has its default is left out.
+    return {"correct": function} | ({"strict": True} if strict else {}), "first" if strict else "last"
 
 
 def _with_format(funcs: list[Callable], format_reward: Callable, weight: float) -> tuple[list[Callable], list[float]]:

@@ -132,6 +132,13 @@ def test_strict(task):
         )
 
 
+@pytest.mark.parametrize("task", [confidence_task, two_attempt_task])
+def test_checkpoints_name_only_what_was_asked_for(task):
+    """A run goes on from a checkpoint only if its blocks have the same description, so defaults are not in it."""
+    assert task(correct="exact").blocks[1].outcome.keywords == {"correct": exact_match}
+    assert task(correct="exact", strict=True).blocks[1].outcome.keywords == {"correct": exact_match, "strict": True}
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "correct, function", [("math", math_correct), ("exact", exact_match), (str.__eq__, str.__eq__)]

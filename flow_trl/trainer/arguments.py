@@ -3,7 +3,7 @@
 import inspect
 import numbers
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -54,8 +54,14 @@ class Arguments:
                 raise TypeError(f"`{name}={value!r}` is a {type(value).__name__}: it must be `{expected}`.")
 
     def _check_choices(self) -> None:
+        declared = {}  # of a user's class that gives an argument another default, by its parent
+        for base in reversed(type(self).__mro__):
+            if issubclass(base, Arguments) and is_dataclass(base):
+                declared |= {
+                    field.name: field.metadata["choices"] for field in fields(base) if "choices" in field.metadata
+                }
         for name in self._own_fields():
-            choices = self.__dataclass_fields__[name].metadata.get("choices")
-            if choices is not None:
+            if name in declared:
+                choices = declared[name]
                 known = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {tuple(choices)}"
                 self._check(name, getattr(self, name) in choices, f"choose {known}")

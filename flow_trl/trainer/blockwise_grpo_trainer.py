@@ -179,10 +179,9 @@ class BlockwiseGRPOTrainer(WholeCheckpoints, Publishing, GRPOTrainer):
         if args.world_size == 1 or size % args.num_generations == 0:
             return
         for func in funcs:
-            func = func.func if isinstance(func, partial) else func
-            if getattr(func, "needs_whole_groups", False):
+            if getattr(func.func if isinstance(func, partial) else func, "needs_whole_groups", False):
                 raise ValueError(
-                    f"`{func.__name__}` compares the completions of a prompt, but with `per_device_train_batch_size * "
+                    f"`{get_callable_name(func)}` compares the completions of a prompt, but with `per_device_train_batch_size * "
                     f"steps_per_generation = {size}` and `num_generations={args.num_generations}` a process has only a "
                     "part of a group: make the first a multiple of the second."
                 )

@@ -538,6 +538,15 @@ def test_a_reward_of_groups_needs_whole_ones(tmp_path, monkeypatch):
     split.steps_per_generation = whole.steps_per_generation = 2
     with pytest.raises(ValueError, match="`dcpo_reward` compares.* = 8` and `num_generations=16`.*part of a group"):
         BlockwiseGRPOTrainer("no/such-model", blocks, split, train_dataset=prompts())
+
+    class Own:  # without a `__name__`
+        needs_whole_groups = True
+
+        def __call__(self, completions, **kwargs):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="`Own` compares"):
+        BlockwiseGRPOTrainer("no/such-model", [Block("all", Own(), tags="all")], split, train_dataset=prompts())
     for config, parts in ((whole, blocks), (split, make_blocks())):
         with pytest.raises(OSError):  # there is no such model
             BlockwiseGRPOTrainer("no/such-model", parts, config, train_dataset=prompts())

@@ -358,3 +358,18 @@ def test_a_subclass_may_have_fields_of_any_type():
         pair: "tuple[int, int] | None" = None
 
     assert Custom("out", table={"a": [1]}, pair=(1, 2)).pair == (1, 2)
+
+
+def test_a_subclass_with_another_default_has_the_same_choices():
+    @dataclasses.dataclass
+    class Incremental(TPGRPOConfig):
+        credit: str = "incremental"
+
+    class Grouped(BlockwiseGRPOConfig):  # not a dataclass, so its annotations make no fields
+        note: str = "mine"
+
+    assert Incremental("out", use_cpu=True).credit == "incremental"
+    with pytest.raises(ValueError, match=r"`credit='outcomes'` does not work: choose one of \('outcome', "):
+        Incremental("out", use_cpu=True, credit="outcomes")
+    with pytest.raises(ValueError, match=r"`baseline='groups'` does not work"):
+        Grouped("out", use_cpu=True, bf16=False, baseline="groups")
