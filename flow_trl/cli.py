@@ -296,7 +296,7 @@ def _launch(command: str, parser: Parser, argv: list[str], unknown: list[str]) -
     launcher = launch_command_parser()
     names = ["--accelerate_config", *launcher._option_string_actions]
     for name in (argument.partition("=")[0] for argument in unknown):
-        if name.startswith("-") and name not in names:
+        if name.startswith("-") and not name[1:].isdigit() and name not in names:
             near = difflib.get_close_matches(name, [*parser._option_string_actions, *names], n=1)
             remedy = f"did you mean {near[0]}?" if near else "`--help-all` shows every argument."
             parser.error(f"neither the trainer nor `accelerate launch` has an argument {name}; {remedy}")
