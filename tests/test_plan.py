@@ -25,14 +25,8 @@ def acceptance():
     return runpy.run_path(str(ACCEPTANCE))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tiny",
-        pytest.param("unet", marks=pytest.mark.slow),
-        pytest.param("transformer", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "unet", "transformer"])
 def test_within_15_percent_of_what_was_measured(tmp_path, acceptance, name):
     measured = acceptance["measure"](acceptance["make_trainer"](name, str(tmp_path)))
     planned = acceptance["planned"](name, str(tmp_path))

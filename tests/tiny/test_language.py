@@ -126,6 +126,7 @@ def test_a_system_prompt_keeps_the_format_and_costs_accuracy_if_it_has_tags_or_d
     assert scores["format"] > 0.95 and least < scores["accuracy"] < most
 
 
+@pytest.mark.slow
 def test_a_short_build_is_the_same_every_time(tmp_path, capsys):
     for name in "ab":
         main(

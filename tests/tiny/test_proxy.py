@@ -43,6 +43,7 @@ def test_proxy_overshoots(proxy):
     assert second > first
 
 
+@pytest.mark.slow
 def test_proxies_of_a_seed_are_equal(proxy):
     image = [covered(0.3)]
     assert Proxy(seed=3)([""], image) == proxy([""], image)
