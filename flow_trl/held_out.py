@@ -8,7 +8,7 @@ import datasets
 import pandas as pd
 import torch
 from diffusers.utils import load_image
-from huggingface_hub import CommitScheduler
+from huggingface_hub import CommitScheduler, DatasetCard
 from PIL import Image
 from transformers import TrainingArguments
 
@@ -140,15 +140,18 @@ One table per generation: `step`, `prompt`, the scores of each reward function, 
 
 
 def upload_completions(args: TrainingArguments) -> CommitScheduler | None:
-    """Starts to upload the tables of completions of a run, and a card, if `args` say so; raises if that cannot work."""
-    repo, folder = args.log_completions_hub_repo, _completions_folder(args)
+    """
+    Starts to upload the tables of completions of a run, if `args` say so, into a data set that gets a card if it has
+    none; raises if that cannot work.
+    """
+    repo = args.log_completions_hub_repo
     if repo is None or not args.should_log:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(_COMPLETIONS_CARD, encoding="utf-8")
-    options = {"private": args.hub_private_repo, "token": args.hub_token, "every": 2}
-    patterns = ["*.parquet", "README.md"]
-    return CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=folder, allow_patterns=patterns, **options)
+    options = {"private": args.hub_private_repo, "token": args.hub_token, "allow_patterns": "*.parquet", "every": 2}
+    uploads = CommitScheduler(repo_id=repo, repo_type="dataset", folder_path=_completions_folder(args), **options)
+    if not uploads.api.file_exists(uploads.repo_id, "README.md", repo_type="dataset"):
+        DatasetCard(_COMPLETIONS_CARD).push_to_hub(uploads.repo_id, token=args.hub_token)
+    return uploads
 
 
 def _shown(given: Any, result: Image.Image | list[Image.Image]) -> Image.Image | list[Image.Image]:

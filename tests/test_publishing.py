@@ -161,6 +161,17 @@ def test_tables_of_completions_are_all_uploaded_when_training_ends(tmp_path, hub
     assert "completions" in ModelCard(uploaded["README.md"].decode()).data.tags
 
 
+def test_the_card_of_a_data_set_of_completions_stays_the_users_own(tmp_path, hub):
+    options = {"log_completions": True, "log_completions_hub_repo": "me/logs"}
+    runs.make_trainer(tmp_path / "first", **options).commit_scheduler.stop()
+    hub.repos["datasets/me/logs"].files["README.md"] = b"mine"
+    trainer = runs.make_trainer(tmp_path / "second", max_steps=1, logging_steps=1, **options)
+    trainer.train()
+    trainer.commit_scheduler.stop()
+    files = hub.repos["datasets/me/logs"].files
+    assert files["README.md"] == b"mine" and any(name.endswith(".parquet") for name in files)
+
+
 def test_only_what_users_need_goes_up(tmp_path, hub):
     base = tmp_path / "secret-folder" / "sd3"
     pipelines.stable_diffusion_3(t5=False).save_pretrained(base)
