@@ -165,6 +165,12 @@ class Parser(TrlParser):
         if self.add_help:
             self.add_argument("--help-all", action=_HelpAll, help="show those of transformers and TRL too and exit")
 
+    def parse_args_and_config(self, args: list[str] | None = None, *more: Any, **kwargs: Any) -> tuple:
+        """As of [`~trl.TrlParser`], which knows `--config FILE` alone; here `--config=FILE` is the same."""
+        return super().parse_args_and_config(
+            _with_config_apart(sys.argv[1:] if args is None else args), *more, **kwargs
+        )
+
     def format_help(self) -> str:
         changed = [(action, action.help, action.option_strings) for action in self._actions]
         for action in self._actions:
@@ -186,6 +192,10 @@ def method_parser(method: str, *kinds: type, **kwargs: Any) -> Parser:
         parser.set_defaults(lora_rank=4, lora_alpha=4, lora_target_modules=ATTENTION)
     parser.set_defaults(output_dir=f"outputs/{method}")
     return parser
+
+
+def _with_config_apart(argv: list[str]) -> list[str]:
+    return [part for one in argv for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
 
 
 class _HelpAll(argparse._HelpAction):
@@ -354,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     is_text = command == "blockwise_grpo"
     parser = method_parser(command, TaskArguments if is_text else ImageArguments, prog=f"flow-trl {command}")
-    argv = [part for one in argv for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
+    argv = _with_config_apart(argv)
     without_file = list(argv)
     if "--config" in argv:
         del without_file[argv.index("--config") : argv.index("--config") + 2]

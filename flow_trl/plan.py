@@ -21,9 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
-from trl import TrlParser
 
-from .cli import ImageArguments, method_parser
+from .cli import ImageArguments, Parser, method_parser
 from .loading import load_pipeline, model_name, prepare_denoisers
 from .policy import PipelinePolicy
 from .stand_ins import Encoded, mode_of
@@ -573,7 +572,7 @@ class ScriptArguments:
 
 def main() -> None:
     # The method decides the arguments, so it is read first.
-    arguments, *_ = TrlParser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
+    arguments, *_ = Parser(ScriptArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
     parser = method_parser(arguments.method, ScriptArguments, ImageArguments)
     parser.set_defaults(output_dir="outputs/plan", use_cpu=True, report_to="none")
     arguments, trained, args = parser.parse_args_and_config()

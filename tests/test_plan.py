@@ -121,7 +121,7 @@ def test_command_line_reads_no_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(
         json.dumps({"reward_funcs": ["ocr"], "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 0}})
     )
-    options = ["--model_name_or_path", str(tmp_path), "--config", str(tmp_path / "run.yaml"), "--engine", "fsdp2"]
+    options = ["--model_name_or_path", str(tmp_path), f"--config={tmp_path / 'run.yaml'}", "--engine", "fsdp2"]
     options += ["--num_gpus", "8", "--gpu", "A100", "--max_steps", "100", "--guidance_scale", "1"]
     options += ["--generation_batch_size", "1152", "--per_device_train_batch_size", "8", "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["plan", *options])
