@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.multiprocessing import start_processes
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,22 +30,15 @@ def launch(script, specs, folder):
 
 def fork(run, specs, folder):
     """As `launch`, but by a server that has imported everything once, with the variables that `torchrun` sets."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainer.runs", "tests.trainer.text_runs"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.trainer.runs", "tests.trainer.text_runs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=_rank, args=(run, specs, folder, rank, port)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    start_processes(_rank, (run, specs, folder, port), nprocs=2, start_method="forkserver")
     return _results(folder)
 
 
-def _rank(run, specs, folder, rank, port):
+def _rank(rank, run, specs, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     _run(run, specs, folder, rank)
